@@ -1,0 +1,93 @@
+"""Continued pre-training (or pre-training from random weights) on packed token shards.
+
+    python -m experiments.cpt --config=configs/cpt/tiny.py --workdir=runs/cpt/tiny
+
+Reads an HF folder, GGUF file or run (`init`) and the shards that experiments.prepare wrote; writes a run folder with
+config, manifest, metrics.jsonl and checkpoints. The same command after a kill goes on from the last checkpoint.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import door, prepare
+from swallow_jax import checkpoint, hf, llama, mesh, optim, run, text, train
+from swallow_jax.data import loader, shards
+
+
+def main(config: Any, workdir: Path) -> dict[str, Any]:
+    """Train on `config.data.mixture`; returns the result (steps, loss, tokens_per_s, params_sha256, ...)."""
+    mixture = [(str(folder), int(weight)) for folder, weight in config.data.mixture]
+    if config.data.prepare and not (Path(config.data.heldout) / "index.json").is_file():
+        prepare.main(door.load_config(config.data.prepare), door.default_workdir(config.data.prepare))
+    inputs = {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in mixture}
+    inputs["heldout"] = Path(config.data.heldout) / "index.json"
+    job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init] if config.init else [])
+    if job.finished:
+        print(f"{workdir} is finished; nothing to do", flush=True)
+        return job.result
+    return train_model(config, job, mixture, config.data.heldout, steps=config.train.steps)
+
+
+def train_model(config: Any, job: run.Run, mixture: Sequence[tuple[str, int]], heldout: str, *, steps: int) -> dict[str, Any]:
+    """The part that CPT and SFT share: model, mesh, optimiser and data come together in `train.fit`."""
+    # Numbers, checked before anything is loaded.
+    settings = {**config.train.to_dict(), "steps": steps}
+    training = run.build(train.TrainConfig, settings, "train")
+    compute = run.build(llama.Compute, config.compute.to_dict(), "compute")
+    optimizer = optim.make_optimizer(run.build(optim.OptimConfig, config.optim.to_dict(), "optim"), steps)
+    saving = run.build(checkpoint.CheckpointConfig, config.checkpoint.to_dict(), "checkpoint")
+    devices = mesh.build(run.build(mesh.MeshConfig, config.mesh.to_dict(), "mesh"))
+    batch_size = int(config.data.batch_size)
+    if batch_size % (training.micro_batches * devices.shape["replica"] * devices.shape["fsdp"]):
+        raise ValueError(
+            f"data.batch_size={batch_size} does not divide into {training.micro_batches} micro-batches over"
+            f" {devices.shape['replica'] * devices.shape['fsdp']} data shards"
+        )
+    if saving.save_every % training.eval_every:
+        raise ValueError(f"checkpoint.save_every={saving.save_every} is no multiple of train.eval_every={training.eval_every}")
+
+    # The model: an existing one, or random weights of the shape in `config.model`.
+    source = checkpoint.model_folder(config.init) if config.init else Path(config.tokenizer)
+    tokenizer = text.load_tokenizer(source)
+    if config.init:
+        params, shape = checkpoint.open_model(config.init, dtype=jax.numpy.float32, mesh=devices)
+    else:
+        shape = hf.parse_config(config.model.to_dict(), "model")
+        with jax.set_mesh(devices):
+            params = llama.init_params(shape, jax.random.key(config.seed), jax.numpy.float32)
+    for folder in [*(folder for folder, _ in mixture), heldout]:
+        index = shards.read_index(folder)
+        shards.check_tokenizer(index, tokenizer_sha256=tokenizer.sha256, vocab_size=shape.vocab_size)
+        if index["row_length"] > shape.max_position_embeddings:
+            raise ValueError(f"{folder} has rows of {index['row_length']} tokens, the model's limit is {shape.max_position_embeddings}")
+    if not (job.folder / "model").is_dir():
+        text.copy_tokenizer(source, job.folder / "model")
+        run.write_json(job.folder / "model" / "config.json", hf.config_json(shape, "float32"))
+    total, _ = llama.parameter_count(shape)
+    print(f"{total:,} parameters, {steps} steps of {batch_size} rows, mesh {dict(devices.shape)}", flush=True)
+
+    # The loop.
+    local = {"batch_size": batch_size, "seed": int(config.data.seed)}
+    hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    saved = checkpoint.Checkpoints(job.folder, saving)
+    result = train.fit(
+        params,
+        shape,
+        compute=compute,
+        train=training,
+        optimizer=optimizer,
+        mesh=devices,
+        open_batches=lambda step: loader.open_batches(mixture, start_step=step, **local, **hosts),
+        heldout=list(loader.epoch_batches(heldout, batch_size=batch_size)),
+        data={"mixture_sha256": loader.mixture_sha256(mixture), **local},
+        checkpoints=saved,
+        run=job,
+    )
+    return job.finish(result)
+
+
+if __name__ == "__main__":
+    door.launch(main, __doc__)

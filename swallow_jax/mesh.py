@@ -1,0 +1,106 @@
+"""The device mesh and the one table that maps names of array axes to mesh axes.
+
+A weight names its logical axes where it is born (`llama.py`); `RULES` says which mesh axis carries each name. Mesh axes
+of size 1 cost nothing, so one laptop core and a pod run the same program.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("replica", "fsdp", "tensor", "context")
+
+# Weights are sharded over `fsdp` along the model dimension and over `tensor` along heads, feed-forward or vocabulary
+# (Megatron's column/row split); activations carry the batch over both data axes. None means: replicated.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "norm": None,
+    "batch": ("replica", "fsdp"),
+    "seq": "context",
+    "features": None,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Size of each mesh axis; their product is the number of devices."""
+
+    replica: int
+    fsdp: int
+    tensor: int
+    context: int
+
+
+def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (all by default) with axes `AXES`; raises when the sizes do not match their number."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = dataclasses.astuple(config)
+    if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} wants {int(np.prod(shape))} devices, {len(devices)} are here;"
+            " set --config.mesh.* so that the product is the device count"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an array whose axes bear these logical names; two names on one mesh axis raise."""
+    taken: dict[str, str] = {}
+    parts: list[str | tuple[str, ...] | None] = []
+    for name in axes:
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(RULES)}")
+        part = None if name is None else RULES[name]
+        for mesh_axis in (part,) if isinstance(part, str) else part or ():
+            if mesh_axis in taken:
+                raise ValueError(f"axes {taken[mesh_axis]!r} and {name!r} both map to mesh axis {mesh_axis!r}")
+            taken[mesh_axis] = str(name)
+        parts.append(part)
+    return PartitionSpec(*parts)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    """The placement on `mesh` of an array with these logical axes."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pin an activation to the mesh in force (`jax.set_mesh`); without one, or on one device, nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+# Dense bf16 peaks in FLOP/s of one device (vendors' data sheets).
+_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "v5p": 459e12, "v5 lite": 197e12, "v6": 918e12, "v7": 2307e12}
+
+
+def peak_flops(dtype: str) -> float:
+    """Peak matmul FLOP/s of all devices: the data sheet's for known accelerators, else measured by a float32 matmul."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in _PEAKS.items():
+        if name.lower() in kind.lower():
+            return peak * (1.0 if dtype == "bfloat16" else 0.5) * jax.device_count()
+    x = jnp.ones((1024, 1024), jnp.float32)
+    matmul = jax.jit(lambda a: a @ a)
+    matmul(x).block_until_ready()
+    best = min(_seconds(lambda: matmul(x).block_until_ready()) for _ in range(5))
+    return 2 * 1024**3 / best
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

@@ -1,0 +1,279 @@
+"""The run folder: atomic files, config, manifest and lineage, metrics as lines of JSON.
+
+Every program writes one folder that tells how to make it again: `config.json` (resolved), `manifest.json` (hash of each
+input, parents, commit, versions, devices, licences inherited, and the result once the program has finished).
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+FORMAT_VERSION = 1
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "grain")
+T = TypeVar("T")
+
+
+# Files: whole or absent.
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file under a temporary name, sync it, and rename: a reader sees all of it or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Atomic UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Atomic, indented JSON in UTF-8."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, default=_plain) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Atomic JSON lines in UTF-8."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file; a line that is no JSON object raises ValueError with file and line number."""
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON-lines file, one at a time."""
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a JSON object is wanted, this is {type(row).__name__}")
+            yield row
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, UTF-8, no spaces)."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_path(path: str | os.PathLike) -> str:
+    """Hash of an input: of the bytes of a file, or of the names and bytes of a folder's files (sorted, dot files left out)."""
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"input {path} does not exist")
+    manifest = path / "manifest.json"
+    if manifest.is_file():  # a run folder: its manifest already names its inputs and result
+        return sha256_file(manifest)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(path).parts))
+    return sha256_json({str(p.relative_to(path)): sha256_file(p) for p in files})
+
+
+# Config sections become dataclasses.
+
+
+def build(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+    """`cls(**section)` with its field types checked; a missing, unknown or mistyped field raises ValueError naming it."""
+    hints = typing.get_type_hints(cls)
+    given = dict(section)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if unknown := sorted(set(given) - set(fields)):
+        raise ValueError(f"{where}: unknown field {', '.join(unknown)}; known: {', '.join(fields)}")
+    if missing := sorted(required - set(given)):
+        raise ValueError(f"{where}: missing field {', '.join(missing)}; write it in the config (no default hides underneath)")
+    return cls(**{name: _typed(value, hints[name], f"{where}.{name}") for name, value in given.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None):
+            if value is None:
+                return None
+        elif dataclasses.is_dataclass(option):
+            if isinstance(value, option):
+                return value
+            if isinstance(value, Mapping) or hasattr(value, "items"):
+                return build(option, dict(value), where)
+        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        elif option is Any or typing.get_origin(option) is not None:
+            return value
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{where}: {value!r} is {type(value).__name__}, {names} is wanted")
+
+
+# The folder.
+
+
+class Run:
+    """A folder that one program writes. `finished` says whether its result is already there."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def finished(self) -> bool:
+        return "result" in self.manifest
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.manifest["result"]
+
+    def note(self, **fields: Any) -> None:
+        """Add facts to the manifest (licences, counts, hashes)."""
+        self.manifest.update(fields)
+        write_json(self.folder / "manifest.json", self.manifest)
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Record the result; from now on the folder counts as whole."""
+        started = self.manifest["started_at"]
+        self.note(result=result, finished_at=_now(), seconds=round(time.time() - self.manifest["started_unix"], 1), started_at=started)
+        return result
+
+
+def open_run(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, str | os.PathLike],
+    parents: Iterable[str | os.PathLike] = (),
+) -> Run:
+    """Open (or continue) the run folder `workdir` for this config and these inputs.
+
+    Raises ValueError, naming the first difference, when the folder holds another config or was made from other inputs.
+    """
+    folder = Path(workdir)
+    config = json.loads(json.dumps(config, default=_plain))
+    hashes = {name: {"path": str(path), "sha256": sha256_path(path)} for name, path in inputs.items()}
+    lineage = {str(path): sha256_path(path) for path in parents}
+    existing = folder / "manifest.json"
+    if existing.is_file():
+        manifest = json.loads(existing.read_text(encoding="utf-8"))
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if difference := _difference(before, config):
+            raise ValueError(f"{folder} holds another config ({difference}); choose another --workdir or remove the folder")
+        for name, entry in hashes.items():
+            if manifest["inputs"].get(name, {}).get("sha256") != entry["sha256"]:
+                raise ValueError(f"{folder} was made from another {name} ({entry['path']} has changed); choose another --workdir")
+        return Run(folder, manifest)
+    if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        raise ValueError(f"{folder} is not empty and holds no manifest.json; choose another --workdir")
+    write_json(folder / "config.json", config)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "inputs": hashes,
+        "parents": lineage,
+        "git_commit": _git_commit(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "started_at": _now(),
+        "started_unix": time.time(),
+    }
+    run = Run(folder, manifest)
+    run.note()
+    return run
+
+
+class Metrics:
+    """`metrics.jsonl`: one line a step, appended and flushed; on resume, lines after the restored step are cut away."""
+
+    def __init__(self, path: str | os.PathLike, *, from_step: int):
+        path = Path(path)
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                # A kill may leave half a line; it belongs to a step after the checkpoint, so it goes too.
+                if line.endswith("\n") and json.loads(line)["step"] <= from_step:
+                    kept.append(line)
+        write_text(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+
+    def write(self, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"step": step, **values}, default=_plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _difference(before: Any, after: Any, path: str = "config") -> str | None:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(set(before) | set(after)):
+            if key not in before or key not in after:
+                return f"{path}.{key} is only in the {'new' if key in after else 'old'} one"
+            if found := _difference(before[key], after[key], f"{path}.{key}"):
+                return found
+        return None
+    return None if before == after else f"{path}: {before!r} there, {after!r} now"
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (Path, frozenset, set)):
+        return str(value) if isinstance(value, Path) else sorted(value)
+    raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

@@ -1,0 +1,209 @@
+"""Intervals, paired tests and calibration for scored test items.
+
+Twins (a violating conversation and its compliant twin) are not independent, so everything that compares two arms works on pairs:
+an item belongs to a pair, a pair is flipped or resampled as a whole. Scores come as `[S, I]`: S seeds (training or sampling
+runs) of one arm, I items; the two arms of a comparison may have different numbers of seeds.
+
+Letters: S seeds, I items, P pairs, R resamples, C classes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+# Above this many units of the grid the exact distribution costs more than the Monte Carlo one is worth.
+_MAX_EXACT_SUPPORT = 200_000
+
+
+def wilson(k: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion k/n (Wilson 1927); holds its level at small n and at k = 0 or n.
+
+    `k` may be a mean over seeds, hence not whole. Raises ValueError for n < 1 or k outside 0..n.
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}; write 0.95 for 95 %")
+    z = special.ndtri(0.5 + level / 2)
+    p = k / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # At k = 0 and k = n the bound is exactly 0 or 1; rounding must not move it inside.
+    return (0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half)
+
+
+def pair_sums(values_SI: np.ndarray, pairs: Sequence[str]) -> np.ndarray:
+    """Sum the items of each pair: `[S, I]` -> `[S, P]`, pairs in order of first appearance."""
+    values_SI = np.asarray(values_SI, dtype=np.float64)
+    if values_SI.ndim != 2 or values_SI.shape[1] != len(pairs) or values_SI.size == 0:
+        raise ValueError(
+            f"scores must be [seeds, items] with {len(pairs)} items, one pair id each, got {values_SI.shape}"
+        )
+    number_of = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    sums_SP = np.zeros((values_SI.shape[0], len(number_of)))
+    np.add.at(sums_SP, (slice(None), [number_of[pair] for pair in pairs]), values_SI)
+    return sums_SP
+
+
+def _pair_differences(a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str]) -> np.ndarray:
+    return pair_sums(a_SI, pairs).mean(0) - pair_sums(b_SI, pairs).mean(0)
+
+
+def sign_flip_pairs(
+    a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str], *, permutations: int, seed: int
+) -> float:
+    """Two-sided p of "swapping the two arms within a pair changes nothing".
+
+    The statistic is the mean over pairs of the pair-summed difference of the arms' means over their seeds; under the
+    hypothesis every pair's difference may change its sign. Exact where possible: for right-or-wrong scores the distribution is
+    a convolution over a grid of counts, for other scores all sign patterns are enumerated when there are at most
+    `permutations` of them. Otherwise `permutations` seeded draws with the observed one added to both counts (Phipson & Smyth 2010),
+    so p is never 0. The p speaks about these seeds; `paired_bootstrap` is the place where seeds vary.
+    """
+    difference_P = _pair_differences(a_SI, b_SI, pairs)
+    # Means over S_a and S_b seeds of whole counts lie on a grid of 1 / lcm(S_a, S_b).
+    units_P = difference_P * math.lcm(len(a_SI), len(b_SI))
+    whole_P = np.rint(units_P).astype(np.int64)
+    on_grid = np.allclose(units_P, whole_P, rtol=0, atol=1e-6)
+    if on_grid and np.abs(whole_P).sum() <= _MAX_EXACT_SUPPORT:
+        return _exact_on_grid(whole_P)
+    difference_P = difference_P[difference_P != 0]
+    if not difference_P.size:
+        return 1.0
+    # Sums that differ only by rounding count as ties with the observed one.
+    observed = abs(difference_P.sum()) - 1e-9 * np.abs(difference_P).sum()
+    if difference_P.size < 31 and 2**difference_P.size <= permutations:
+        patterns = np.arange(2**difference_P.size)[:, None] >> np.arange(difference_P.size)
+        sums = (1.0 - 2.0 * (patterns & 1)) @ difference_P
+        return float(np.mean(np.abs(sums) >= observed))
+    generator = np.random.default_rng(seed)
+    hits = 0
+    for start in range(0, permutations, 1000):
+        rows = min(1000, permutations - start)
+        signs = generator.integers(0, 2, size=(rows, difference_P.size)) * 2.0 - 1.0
+        hits += int(np.sum(np.abs(signs @ difference_P) >= observed))
+    return (hits + 1) / (permutations + 1)
+
+
+def _exact_on_grid(whole_P: np.ndarray) -> float:
+    """Exact sign-flip p for whole differences: the distribution of sum(+-d) is a product of two-point distributions."""
+    reach = int(np.abs(whole_P).sum())
+    distribution = np.zeros(2 * reach + 1)  # index i holds P(sum = i - reach)
+    distribution[reach] = 1.0
+    for step in np.abs(whole_P[whole_P != 0]):
+        distribution = 0.5 * (np.roll(distribution, step) + np.roll(distribution, -step))
+    sums = np.arange(-reach, reach + 1)
+    return float(min(1.0, distribution[np.abs(sums) >= abs(int(whole_P.sum()))].sum()))
+
+
+def mcnemar_exact(b01: int, b10: int) -> float:
+    """Exact two-sided McNemar p from the discordant counts (a wrong and b right, a right and b wrong); 1 if there are none."""
+    if b01 < 0 or b10 < 0 or b01 != int(b01) or b10 != int(b10):
+        raise ValueError(f"discordant counts must be whole and not negative, got {b01} and {b10}")
+    if b01 + b10 == 0:
+        return 1.0
+    return float(min(1.0, 2 * special.bdtr(min(b01, b10), b01 + b10, 0.5)))
+
+
+def paired_bootstrap(
+    a_SI: np.ndarray,
+    b_SI: np.ndarray | None,
+    pairs: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of mean(a) - mean(b) over items, resampling whole pairs and, within each arm, seeds.
+
+    With `b_SI=None` the interval of mean(a) alone. With few seeds the seed part is too narrow (three seeds show little of
+    their spread), and an interval has no width where no pair differs: show it beside the exact test.
+    """
+    a_SP = pair_sums(a_SI, pairs)
+    items_P = pair_sums(np.ones((1, len(pairs))), pairs)[0]
+    generator = np.random.default_rng(seed)
+    weights_RP = generator.multinomial(len(items_P), np.full(len(items_P), 1 / len(items_P)), size=resamples)
+    items_R = weights_RP @ items_P
+
+    def resampled_mean(sums_SP: np.ndarray) -> np.ndarray:
+        count = len(sums_SP)
+        totals_RS = weights_RP @ sums_SP.T
+        chosen_RS = generator.integers(0, count, size=(resamples, count))
+        return np.take_along_axis(totals_RS, chosen_RS, axis=1).mean(1) / items_R
+
+    means_R = resampled_mean(a_SP)
+    if b_SI is not None:
+        means_R = means_R - resampled_mean(pair_sums(b_SI, pairs))
+    low, high = np.quantile(means_R, [0.5 - level / 2, 0.5 + level / 2])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values (Holm 1979), in the order given."""
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = running
+    return adjusted
+
+
+def discordance(a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str]) -> float:
+    """Mean square of the pair differences per item: what plays the part of McNemar's discordant share in `mde`.
+
+    For one seed and pairs of one item it is the share of items on which the two arms differ; twins whose differences go
+    together make it larger, averaging over seeds makes it smaller.
+    """
+    return float(np.square(_pair_differences(a_SI, b_SI, pairs)).sum() / len(pairs))
+
+
+def mde(n: int, discordance: float, *, level: float = 0.95, power: float = 0.80) -> float:
+    """Smallest difference of two accuracies on n items that a two-sided paired test finds with the given power.
+
+    d = (z_level + z_power) sqrt(q / n) for discordance q: the normal approximation with the variance under the hypothesis,
+    which for d << q is Connor's (1987) and errs on the large side. A difference cannot exceed the discordance: where q is
+    too small for its own answer, the answer is the d at which every discordant item goes one way.
+    """
+    if n < 1 or discordance < 0:
+        raise ValueError(f"mde needs n >= 1 and a discordance >= 0, got n={n}, discordance={discordance}")
+    z = special.ndtri(0.5 + level / 2) + special.ndtri(power)
+    return float(min(1.0, max(z * math.sqrt(discordance / n), z * z / n)))
+
+
+def brier(probabilities_IC: np.ndarray, gold_I: Sequence[int]) -> float:
+    """Mean over items of the squared distance between the class probabilities and the true class (0 best, 2 worst)."""
+    probabilities_IC = _checked_probabilities(probabilities_IC, gold_I)
+    truth_IC = np.eye(probabilities_IC.shape[1])[np.asarray(gold_I)]
+    return float(np.square(probabilities_IC - truth_IC).sum(1).mean())
+
+
+def ece(probabilities_IC: np.ndarray, gold_I: Sequence[int], *, bins: int) -> float:
+    """Expected calibration error of the top class, bins of equal mass: mean |accuracy - confidence| weighted by items."""
+    rows = reliability(probabilities_IC, gold_I, bins=bins)
+    return float(sum(n * abs(accuracy - confidence) for n, confidence, accuracy in rows) / len(gold_I))
+
+
+def reliability(
+    probabilities_IC: np.ndarray, gold_I: Sequence[int], *, bins: int
+) -> list[tuple[int, float, float]]:
+    """(items, mean confidence, accuracy) for each of `bins` groups of equal mass, least confident first."""
+    probabilities_IC = _checked_probabilities(probabilities_IC, gold_I)
+    confidence_I = probabilities_IC.max(1)
+    right_I = probabilities_IC.argmax(1) == np.asarray(gold_I)
+    groups = np.array_split(np.argsort(confidence_I, kind="stable"), bins)
+    return [
+        (len(group), float(confidence_I[group].mean()), float(right_I[group].mean()))
+        for group in groups
+        if len(group)
+    ]
+
+
+def _checked_probabilities(probabilities_IC: np.ndarray, gold_I: Sequence[int]) -> np.ndarray:
+    probabilities_IC = np.asarray(probabilities_IC, dtype=np.float64)
+    if probabilities_IC.ndim != 2 or len(probabilities_IC) != len(gold_I) or not len(gold_I):
+        raise ValueError(f"probabilities must be [{len(gold_I)} items, classes], got {probabilities_IC.shape}")
+    if not np.allclose(probabilities_IC.sum(1), 1, atol=1e-4) or (probabilities_IC < 0).any():
+        raise ValueError("each row of probabilities must be >= 0 and sum to 1; normalise over the classes first")
+    return probabilities_IC

@@ -1,0 +1,247 @@
+"""Training: the loss, the jitted step, and the one fit loop that CPT and SFT share.
+
+The loss is a sum over weighted targets divided once by the global weight, over micro-batches, devices and hosts: packing,
+accumulation and meshes do not change what is minimised. Batches arrive from an iterator as dicts of [batch, T] arrays:
+`tokens`, `segments` (0 = padding), `positions` (inside the document) and `weights` (of a token as a target).
+"""
+
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from swallow_jax import hf, llama, mesh as meshes
+from swallow_jax.checkpoint import Checkpoints
+from swallow_jax.llama import Compute, LlamaConfig, Params
+from swallow_jax.run import Metrics, Run
+
+State = dict[str, Any]  # {"params", "opt_state", "step"}
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of a run and how a batch is computed."""
+
+    steps: int
+    micro_batches: int  # gradient accumulation: the batch is split into this many parts
+    loss_chunk: int  # tokens whose logits exist at once; 0: all of them
+    eval_every: int  # steps between held-out losses
+    log_every: int  # steps between progress lines
+
+
+def loss_sums(params: Params, config: LlamaConfig, compute: Compute, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted next-token cross-entropies in nats, sum of weights), both float32 scalars.
+
+    The last token of a document predicts nothing: a target counts only when it lies in its query's segment.
+    """
+    hidden_BTD, _ = llama.forward(
+        params, config, compute, batch["tokens"], batch["positions"], segments_BT=batch["segments"]
+    )
+    tokens, segments = batch["tokens"], batch["segments"]
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    weights = jnp.where(same, batch["weights"][:, 1:].astype(jnp.float32), 0.0)
+    # The last column has no target; it stays, with weight 0, so that shapes keep their powers of two.
+    weights = jnp.pad(weights, ((0, 0), (0, 1))).reshape(-1)
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
+    hidden = hidden_BTD.reshape(-1, config.hidden_size)
+
+    def cross_entropy(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        scores = llama.logits(params, config, hidden)
+        losses = jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        return jnp.sum(losses * weights)
+
+    count = hidden.shape[0]
+    if not chunk or chunk >= count:
+        return cross_entropy(hidden, targets, weights), jnp.sum(weights)
+    if count % chunk:
+        raise ValueError(f"train.loss_chunk={chunk} does not divide {count} tokens of a micro-batch")
+    parts = jax.tree.map(lambda x: x.reshape(count // chunk, chunk, *x.shape[1:]), (hidden, targets, weights))
+    total, _ = jax.lax.scan(
+        lambda total, part: (total + jax.checkpoint(cross_entropy)(*part), None), jnp.zeros((), jnp.float32), parts
+    )
+    return total, jnp.sum(weights)
+
+
+def train_step(
+    state: State, batch: Batch, *, config: LlamaConfig, compute: Compute, train: TrainConfig, optimizer: Any
+) -> tuple[State, dict[str, jax.Array]]:
+    """One optimiser step; metrics `loss` (nats a target), `grad_norm`, `update_norm`, `targets`, `tokens`."""
+    objective = jax.value_and_grad(
+        lambda params, part: loss_sums(params, config, compute, part, train.loss_chunk), has_aux=True
+    )
+    params = state["params"]
+    if train.micro_batches == 1:
+        (loss, weight), grads = objective(params, batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    else:
+        # Interleaved rows, so that each part stays spread over all data shards.
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, train.micro_batches, *x.shape[1:]), 0, 1), batch)
+
+        def accumulate(carry, part):
+            (loss, weight), grads = objective(params, part)
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, (loss, weight, grads)), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        (loss, weight, grads), _ = jax.lax.scan(accumulate, (jnp.zeros(()), jnp.zeros(()), zeros), parts)
+    weight = jnp.maximum(weight, 1e-9)  # a batch without targets has no gradient instead of a NaN
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+    metrics = {
+        "loss": loss / weight,
+        "grad_norm": optax.global_norm(grads),
+        "update_norm": optax.global_norm(updates),
+        "targets": weight,
+        "tokens": jnp.sum(batch["segments"] > 0),
+    }
+    new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state, "step": state["step"] + 1}
+    return new, metrics
+
+
+def init_state(params: Params, optimizer: Any) -> State:
+    """The state before the first step."""
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def fit(
+    params: Params,
+    config: LlamaConfig,
+    *,
+    compute: Compute,
+    train: TrainConfig,
+    optimizer: Any,
+    mesh: Mesh,
+    open_batches: Callable[[int], Iterator[Batch]],
+    heldout: Iterable[Batch],
+    data: dict[str, Any],
+    checkpoints: Checkpoints,
+    run: Run,
+) -> dict[str, Any]:
+    """Train to `train.steps`, from the run's own last checkpoint if it has one. Returns the result for the last line.
+
+    `open_batches(step)` starts the stream at that step; `data` names the mixture and is compared on resume. Raises
+    ValueError when a loss is not finite (naming the steps) or the data is not what the checkpoint was made with.
+    """
+    with jax.set_mesh(mesh):
+        axes = llama.abstract_params(config, jnp.float32)[1]
+        params = jax.tree.map(
+            lambda leaf, names: jax.device_put(leaf, meshes.sharding(mesh, names)), params, axes, is_leaf=lambda x: False
+        )
+        state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params)
+        first = 0
+        if (step := checkpoints.latest_step()) is not None:
+            state, position = checkpoints.restore(step, jax.tree.map(_abstract, state))
+            if position["data"] != data:
+                raise ValueError(
+                    f"{run.folder} was saved with other data ({position['data']}), now it is {data}; use the same mixture"
+                    " or a new --workdir"
+                )
+            first = position["step"]
+        step_fn = jax.jit(
+            functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer), donate_argnums=0
+        )
+        eval_fn = jax.jit(lambda params, batch: loss_sums(params, config, compute, batch, train.loss_chunk))
+        metrics = Metrics(run.folder / "metrics.jsonl", from_step=first)
+        progress = _Progress(first, train.steps, train.log_every)
+        peak = meshes.peak_flops(compute.dtype)
+        stop = _StopSignal()
+        place = meshes.sharding(mesh, ("batch", "seq"))
+        batches = open_batches(first)
+        last: dict[str, Any] = {}
+        started, waited, trained = time.perf_counter(), 0.0, 0
+        for step in range(first + 1, train.steps + 1):
+            began = time.perf_counter()
+            batch = {k: jax.make_array_from_process_local_data(place, v) for k, v in next(batches).items()}
+            arrived = time.perf_counter()
+            state, out = step_fn(state, batch)
+            values = {name: float(value) for name, value in jax.device_get(out).items()}
+            seconds = time.perf_counter() - began
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                raise ValueError(
+                    f"the loss is not finite at step {step} (loss {values['loss']}, gradient norm {values['grad_norm']});"
+                    f" the last good checkpoint is step {checkpoints.latest_step()}; lower optim.learning_rate"
+                    " or look at the rows of that step"
+                )
+            waited, trained = waited + arrived - began, trained + int(values["tokens"])
+            tokens_per_s = values["tokens"] / seconds
+            flops = llama.train_flops_per_token(config, batch["tokens"].shape[1])
+            values |= {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak, "data_wait_s": arrived - began}
+            due = step % train.eval_every == 0 or step == train.steps or stop.asked
+            if due:
+                values["heldout_loss"] = heldout_loss(eval_fn, state["params"], heldout, place)
+            metrics.write(step, **values)
+            progress.show(step, values)
+            if due and (step % checkpoints.save_every == 0 or step == train.steps or stop.asked):
+                checkpoints.save(step, state, {"step": step, "data": data}, values["heldout_loss"])
+            last = values
+            if stop.asked and step < train.steps:
+                checkpoints.close()
+                print(f"asked to stop: saved step {step} of {train.steps}; the same command goes on from there", flush=True)
+                sys.exit(0)
+        metrics.close()
+        checkpoints.close()
+        return {
+            "steps": train.steps,
+            "loss": last.get("loss"),
+            "heldout_loss": last.get("heldout_loss"),
+            "tokens_per_s": round(trained / max(time.perf_counter() - started, 1e-9), 1),
+            "tokens": trained,
+            "data_wait_s": round(waited, 2),
+            "params_sha256": hf.params_sha256(state["params"], config),
+        }
+
+
+def heldout_loss(eval_fn: Callable, params: Params, batches: Iterable[Batch], place: Any) -> float:
+    """Mean cross-entropy in nats a target over a fixed set of batches."""
+    total = weight = 0.0
+    for batch in batches:
+        loss, count = eval_fn(params, {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()})
+        total, weight = total + float(loss), weight + float(count)
+    if not weight:
+        raise ValueError("the held-out data has no targets; check the held-out folder")
+    return total / weight
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+class _StopSignal:
+    """SIGTERM asks for a checkpoint after the current step and a clean exit."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+class _Progress:
+    """A line with step, loss, speed and ETA: rewritten on a terminal, every `log_every` steps elsewhere."""
+
+    def __init__(self, first: int, total: int, every: int):
+        self.first, self.total, self.every, self.began = first, total, every, time.perf_counter()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        terminal = sys.stderr.isatty()
+        if not terminal and step % self.every and step != self.total:
+            return
+        left = (time.perf_counter() - self.began) / max(step - self.first, 1) * (self.total - step)
+        heldout = f"  held-out {values['heldout_loss']:.4f}" if "heldout_loss" in values else ""
+        line = (
+            f"step {step}/{self.total}  loss {values['loss']:.4f}{heldout}  grad {values['grad_norm']:.2f}"
+            f"  {values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.0%}  ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+        end = "\n" if not terminal or step == self.total or heldout else "\r"
+        print(f"\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Make .venv, install, run the tests. Nothing else is needed on a fresh machine with Python 3.11 or 3.12.
+#   bash tools/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+EXTRAS=${EXTRAS:-test}
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+"$VENV/bin/python" -m pip install -q --disable-pip-version-check -e ".[$EXTRAS]"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec "$VENV/bin/python" -m pytest "$@"
