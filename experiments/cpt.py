@@ -28,14 +28,16 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     if job.finished:
         print(f"{workdir} is finished; nothing to do", flush=True)
         return job.result
-    return train_model(config, job, mixture, config.data.heldout, steps=config.train.steps)
+    settings = {**config.train.to_dict(), "targets_per_row": 0}
+    return train_model(config, job, mixture, config.data.heldout, run.build(train.TrainConfig, settings, "train"))
 
 
-def train_model(config: Any, job: run.Run, mixture: Sequence[tuple[str, int]], heldout: str, *, steps: int) -> dict[str, Any]:
+def train_model(
+    config: Any, job: run.Run, mixture: Sequence[tuple[str, int]], heldout: str, training: train.TrainConfig
+) -> dict[str, Any]:
     """The part that CPT and SFT share: model, mesh, optimiser and data come together in `train.fit`."""
     # Numbers, checked before anything is loaded.
-    settings = {**config.train.to_dict(), "steps": steps}
-    training = run.build(train.TrainConfig, settings, "train")
+    steps = training.steps
     compute = run.build(llama.Compute, config.compute.to_dict(), "compute")
     optimizer = optim.make_optimizer(run.build(optim.OptimConfig, config.optim.to_dict(), "optim"), steps)
     saving = run.build(checkpoint.CheckpointConfig, config.checkpoint.to_dict(), "checkpoint")

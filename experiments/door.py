@@ -16,30 +16,42 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write (defaul
 
 
 def launch(main: Callable[[Any, Path], dict[str, Any]], doc: str) -> None:
-    """Run `main(config, workdir)` under absl flags; `doc` is the --help text, with one example.
+    """Run `main(config, workdir)`, with --config, --workdir and overrides of any field; `doc` is the --help text."""
 
-    What a user can mend (ValueError, a missing file, a full disk) ends as one sentence and exit code 1; anything else is
-    our mistake and keeps its traceback.
+    def program() -> dict[str, Any]:
+        if _CONFIG.value is None:
+            raise ValueError("--config=FILE is missing; --help shows an example")
+        workdir = _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+        return main(_CONFIG.value, Path(workdir))
+
+    _run(program, doc, "--config=FILE.py  --workdir=FOLDER  --config.section.field=value (any field of the config)")
+
+
+def tool(main: Callable[[], dict[str, Any]], doc: str) -> None:
+    """Run `main()` of a tool that defined flags of its own."""
+    names = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    _run(main, doc, "  ".join(f"--{name}" for name in names))
+
+
+def _run(program: Callable[[], dict[str, Any]], doc: str, usage: str) -> None:
+    """What a user can mend (ValueError, a missing file, a full disk) ends as one sentence and exit code 1.
+
+    Anything else is our mistake and keeps its traceback; SWALLOW_TRACEBACK=1 shows it for the others too.
     """
     if any(arg in ("--help", "-h", "-help") for arg in sys.argv[1:]):
-        print(doc.strip())
-        print("\nflags: --config=FILE.py  --workdir=FOLDER  --config.section.field=value (any field of the config)")
+        print(f"{doc.strip()}\n\nflags: {usage}")
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-    def program(argv: list[str]) -> None:
+    def body(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; flags look like --config.section.field=value")
-        if _CONFIG.value is None:
-            raise ValueError("--config=FILE is missing; --help shows an example")
+            raise ValueError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
         logging.set_verbosity(logging.ERROR)  # Orbax narrates every file it writes
-        workdir = _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
         _compilation_cache()
-        result = main(_CONFIG.value, Path(workdir))
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(json.dumps(program(), ensure_ascii=False), flush=True)
 
     try:
-        app.run(program, flags_parser=lambda argv: flags.FLAGS(argv))
+        app.run(body, flags_parser=lambda argv: flags.FLAGS(argv))
     except flags.Error as error:
         _stop(f"{error}")
     except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError) as error:

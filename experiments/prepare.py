@@ -1,6 +1,6 @@
-"""Raw documents or dialogues -> packed token shards, with a report that says what went in and what was dropped, and why.
+"""Raw documents or dialogues -> packed token shards, and a report of what went in, what was dropped, and why.
 
-    python -m experiments.prepare --config=configs/prepare/tiny.py --workdir=runs/prepare_tiny
+    python -m experiments.prepare --config=configs/prepare/tiny.py --workdir=runs/prepare/tiny
 
 `config.corpus` reads domain folders: normalise, rules by source, duplicates, decontamination, tokenise, pack.
 `config.dialogues` reads chat samples: decontaminate, render with the chat template, pack without splitting.
@@ -9,7 +9,6 @@ Writes train/ and heldout/ (shards), tokenizer/ where the config trains one, rep
 
 import dataclasses
 import glob
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,8 +22,8 @@ from swallow_jax.data import dedup, documents, filters, packing, shards
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
     domains: tuple  # domain folders
-    root: str  # where the sources' `place` begins: "/" or an unpacked tree
-    unique_paragraphs: bool  # a paragraph met before, in any document, is dropped
+    root: str  # where each source's `place` begins: "/" or an unpacked tree
+    unique_paragraphs: bool  # drop a paragraph met before, in any document
     near_bands: int
     near_rows: int
 
@@ -39,7 +38,7 @@ class Dialogues:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contamination:
     test_sets: tuple  # globs of conversation files
-    protect: str  # 'turns': every turn; 'evidence': turns that carry evidence, and their twins
+    protect: str  # 'turns' | 'evidence', see dedup.protected_utterances
     ngram: int
     jaccard: float
 
@@ -47,8 +46,8 @@ class Contamination:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainTokenizer:
     vocab_size: int
-    texts: tuple  # globs of JSONL files whose strings join the corpus in training the tokenizer
-    repeat: int  # how often those texts count
+    texts: tuple  # globs of JSONL files whose Japanese strings join the corpus
+    repeat: int  # how often those strings count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,226 +63,181 @@ class Settings:
     corpus: Corpus | None
     dialogues: Dialogues | None
     contamination: Contamination | None
-    tokenizer: str | None
+    tokenizer: str | None  # a folder, or:
     train_tokenizer: TrainTokenizer | None
     pack: Pack
 
 
-def main(config, workdir: Path) -> dict[str, Any]:
-    settings = run.build(Settings, config.to_dict(), "config")
-    if (settings.corpus is None) == (settings.dialogues is None):
-        raise ValueError("config: state either corpus or dialogues, the other None")
-    if (settings.tokenizer is None) == (settings.train_tokenizer is None):
-        raise ValueError("config: state either tokenizer (a folder) or train_tokenizer, the other None")
-    folder = run.open_run(workdir, config.to_dict(), inputs=_inputs(settings), parents=())
-    if folder.finished:
-        return folder.result
+def read_settings(config: Any) -> Settings:
+    """The config as dataclasses, checked."""
+    chosen = run.build(Settings, config.to_dict(), "config")
+    for one, other in (("corpus", "dialogues"), ("tokenizer", "train_tokenizer")):
+        if (getattr(chosen, one) is None) == (getattr(chosen, other) is None):
+            raise ValueError(f"config: state one of {one} and {other}, the other one None")
+    return chosen
 
+
+def main(config: Any, workdir: Path) -> dict[str, Any]:
+    """Prepare what the config names; returns documents_in, kept, dropped_by_reason, contamination_left, tokens, rows."""
+    chosen = read_settings(config)
+    job = run.open_run(workdir, config.to_dict(), inputs=_inputs(chosen))
+    if job.finished:
+        print(f"{workdir} is finished; nothing to do", flush=True)
+        return job.result
+
+    # Read, and annotate every document with what speaks against it.
     report = Report()
-    protected = _protected(settings.contamination)
-    if settings.corpus:
-        kept, licences = _corpus(settings, report, protected)
-    else:
-        kept, licences = _dialogues(settings, report, protected)
+    rows = list(_read_corpus(chosen.corpus, report) if chosen.corpus else _read_samples(chosen.dialogues, report))
+    protected = _protected(chosen.contamination)
+    report.contaminated = _decontaminate(rows, protected, chosen.contamination)
+    if chosen.corpus:
+        _mark_near_duplicates(rows, chosen.corpus, chosen.seed)
+
+    # Only now drop.
+    kept = [row for row in rows if not row["reasons"]]
+    for row in rows:
+        if row["reasons"]:
+            report.drop(row)
     if not kept:
-        raise ValueError(f"nothing is left of {report.documents_in} documents; reasons: {dict(report.dropped)}")
+        raise ValueError(f"nothing is left of {report.documents_in} documents: {dict(report.dropped)}; loosen the profile")
+    left = _decontaminate(kept, protected, chosen.contamination)
 
-    tokenizer = _tokenizer(settings, folder.folder, kept)
-    split = _split(kept, settings.pack.heldout_share, settings.seed)
+    # Tokenise and pack.
+    tokenizer = _tokenizer(chosen, job.folder, kept)
+    keys = [row.get("pair_id") or row["text"] for row in kept]  # twins share a split
+    held = shards.hold_out(keys, share=chosen.pack.heldout_share, seed=chosen.seed)
     indices = {}
-    for name, part in split.items():
-        writer = shards.ShardWriter(
-            folder.folder / name,
-            row_length=settings.pack.row_length,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            rows_per_shard=settings.pack.rows_per_shard,
-        )
-        with writer:
-            (_write_documents if settings.corpus else _write_samples)(writer, part, tokenizer, settings, report, name)
-        indices[name] = shards.read_index(folder.folder / name)
+    for name, wanted in (("train", False), ("heldout", True)):
+        part = [row for row, is_held in zip(kept, held, strict=True) if is_held == wanted]
+        if part:
+            _write(job.folder / name, part, tokenizer, chosen, report)
+            indices[name] = shards.read_index(job.folder / name)
 
-    run.write_jsonl(folder.folder / "dropped.jsonl", report.dropped_rows)
     result = {
         "documents_in": report.documents_in,
         "kept": report.documents_in - sum(report.dropped.values()),
         "dropped_by_reason": dict(report.dropped),
+        "contamination_left": len(left),
         "tokens": sum(index["tokens"] for index in indices.values()),
         "rows": {name: index["rows"] for name, index in indices.items()},
     }
-    run.write_json(folder.folder / "report.json", result | report.details(kept, indices))
-    folder.note(licences=licences, tokenizer_sha256=tokenizer.sha256)
-    return folder.finish(result)
+    run.write_jsonl(job.folder / "dropped.jsonl", report.dropped_rows)
+    run.write_json(job.folder / "report.json", result | report.details())
+    job.note(licences=report.licences, tokenizer_sha256=tokenizer.sha256)
+    return job.finish(result)
 
 
 class Report:
-    """What happened to every document: in = kept + dropped, each drop with its first reason."""
+    """What became of every document: in = kept + dropped, each drop counted under its first reason."""
 
     def __init__(self):
         self.documents_in = 0
-        self.dropped: Counter = Counter()
-        self.dropped_rows: list[dict] = []
+        self.dropped, self.paragraphs, self.rewrites, self.seed_words = Counter(), Counter(), Counter(), Counter()
         self.sources: dict[str, Counter] = {}
-        self.paragraphs_dropped: Counter = Counter()
-        self.rewrites: Counter = Counter()
+        self.licences: list[dict] = []
+        self.dropped_rows: list[dict] = []
         self.contaminated: list[dict] = []
-        self.seed_words: Counter = Counter()
 
-    def enter(self, source: str) -> None:
+    def enter(self, source: str, **counts: int) -> None:
         self.documents_in += 1
-        self.sources.setdefault(source, Counter())["documents_in"] += 1
+        self.sources.setdefault(source, Counter()).update(documents_in=1, **counts)
 
-    def drop(self, document: dict, reasons: list[str]) -> None:
-        self.dropped[reasons[0]] += 1
-        self.sources[document["source"]][f"dropped: {reasons[0]}"] += 1
-        self.dropped_rows.append({"id": document["id"], "source": document["source"], "reasons": reasons})
+    def drop(self, row: dict) -> None:
+        self.dropped[row["reasons"][0]] += 1
+        self.sources[row["source"]][f"dropped: {row['reasons'][0]}"] += 1
+        self.dropped_rows.append({field: row[field] for field in ("id", "source", "reasons")})
 
-    def details(self, kept: list[dict], indices: dict[str, dict]) -> dict[str, Any]:
-        for document in kept:
-            counts = self.sources[document["source"]]
-            counts["kept"] += 1
-            counts["characters"] += len(document.get("text", ""))
-            counts["japanese_characters"] += int(filters.japanese_letters(document.get("text", "")))
-        for index in indices.values():
-            for source, counts in index["sources"].items():
-                self.sources[source]["tokens"] += counts["tokens"]
+    def details(self) -> dict[str, Any]:
         return {
-            "sources": {source: dict(counts) for source, counts in self.sources.items()},
-            "paragraphs_dropped": dict(self.paragraphs_dropped),
-            "rewrites": dict(self.rewrites),
+            "sources": self.sources,
+            "licences": self.licences,
+            "paragraphs_dropped": self.paragraphs,
+            "characters_rewritten": self.rewrites,
+            "documents_with_seed_word": self.seed_words,
             "contaminated": self.contaminated,
-            "documents_with_seed_word": dict(self.seed_words),
         }
 
 
-# Documents
+# Reading: rows {"id", "text", "source", "reasons", ...}
 
 
-def _corpus(settings: Settings, report: Report, protected: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Documents that stay, and the licences they come under."""
-    corpus = settings.corpus
-    annotated, licences, seen, paragraphs = [], [], dedup.Seen(), dedup.Seen()
+def _read_corpus(corpus: Corpus, report: Report) -> Iterator[dict]:
+    seen, paragraphs = dedup.Seen(), dedup.Seen()
     for domain in map(documents.load_domain, corpus.domains):
-        profiles = {
-            name: {part: filters.check_rules(rules, f"{domain.id}.profiles.{name}.{part}") for part, rules in body.items()}
-            for name, body in domain.profiles.items()
-        }
         for source in domain.sources:
-            licences.append({"source": source.id, "licence": source.licence, "attribution": source.attribution})
-            profile = profiles[source.profile]
-            for document in _progress(_read(source, domain, Path(corpus.root)), source.id):
-                report.enter(source.id)
-                _annotate(document, profile, report, seen, paragraphs if corpus.unique_paragraphs else None)
-                report.seed_words.update(word for word in domain.seed_words if word in document["text"])
-                annotated.append(document)
-    if not annotated:
-        raise ValueError(f"no document in the domains {list(corpus.domains)}: empty corpus")
-
-    texts = [document["text"] for document in annotated]
-    clusters = dedup.near_duplicates(texts, bands=corpus.near_bands, rows=corpus.near_rows, seed=settings.seed)
-    for i, first in enumerate(clusters):
-        if first != i and not annotated[first]["reasons"]:
-            annotated[i]["reasons"].append("near_duplicate")
-    _decontaminate(annotated, texts, settings.contamination, protected, report)
-    return _drop(annotated, report), licences
+            report.licences.append({"source": source.id, "licence": source.licence, "attribution": source.attribution})
+            profile = domain.profiles[source.profile]
+            for file in _progress(source.files(domain.folder, Path(corpus.root)), source.id, "files"):
+                for row in source.read(file, domain.folder, Path(corpus.root)):
+                    report.enter(source.id)
+                    row |= filters.clean(row["text"], profile)._asdict()
+                    report.rewrites.update(row.pop("rewrites"))
+                    report.paragraphs.update(row.pop("removed"))
+                    report.seed_words.update(word for word in domain.seed_words if word in row["text"])
+                    if row["text"] and not seen.add(row["text"]):
+                        row["reasons"].append("exact_duplicate")
+                    elif corpus.unique_paragraphs and not row["reasons"]:
+                        _drop_repeated_paragraphs(row, paragraphs, report)
+                    yield row
 
 
-def _read(source: documents.Source, domain: documents.Domain, root: Path) -> Iterator[dict]:
-    for file in source.files(domain.folder, root):
-        yield from source.read(file, domain.folder, root)
+def _drop_repeated_paragraphs(row: dict, paragraphs: dedup.Seen, report: Report) -> None:
+    lines = row["text"].split("\n")
+    fresh = [line for line in lines if paragraphs.add(line)]
+    report.paragraphs["seen_before"] += len(lines) - len(fresh)
+    row["text"] = "\n".join(fresh)
+    if not fresh:
+        row["reasons"].append("only_repeated_paragraphs")
 
 
-def _annotate(document: dict, profile: dict, report: Report, seen: dedup.Seen, paragraphs: dedup.Seen | None) -> None:
-    """Normalise in place and write every rule's verdict beside the text; `reasons` lists what speaks against keeping it."""
-    document["text"], rewrites = filters.normalise(document["text"])
-    report.rewrites.update(rewrites)
-    document["text"], removed = filters.keep_paragraphs(document["text"], profile.get("paragraph", {}))
-    report.paragraphs_dropped.update(removed)
-    document["verdicts"] = filters.annotate(document["text"], profile.get("document", {}))
-    document["reasons"] = filters.failed(document["verdicts"])
-    if not document["text"]:
-        document["reasons"].insert(0, "empty")
-    elif not seen.add(document["text"]):
-        document["reasons"].append("exact_duplicate")
-    elif paragraphs is not None and not document["reasons"]:
-        lines = document["text"].split("\n")
-        fresh = [line for line in lines if paragraphs.add(line)]
-        report.paragraphs_dropped["seen_before"] += len(lines) - len(fresh)
-        document["text"] = "\n".join(fresh)
-        if not fresh:
-            document["reasons"].append("only_repeated_paragraphs")
+def _read_samples(dialogues: Dialogues, report: Report) -> Iterator[dict]:
+    licences: dict[str, str] = {}
+    for path in _expand(dialogues.files):
+        for number, row in enumerate(run.iter_jsonl(path), 1):
+            if not row.get("id") or not isinstance(row.get("messages"), list):
+                raise ValueError(f'{path}: sample {number} is no chat sample {{"id", "messages": [{{"role", "content"}}]}}')
+            source = row.get("source") or path.stem
+            licences[source] = row.get("licence") or "not stated"
+            report.enter(source)
+            content = "\n".join(message["content"] for message in row["messages"])
+            yield row | {"source": source, "text": content, "reasons": []}
+    report.licences = [{"source": source, "licence": licence} for source, licence in licences.items()]
 
 
-def _drop(annotated: list[dict], report: Report) -> list[dict]:
-    kept = []
-    for document in annotated:
-        if document["reasons"]:
-            report.drop(document, document["reasons"])
-        else:
-            kept.append(document)
-    return kept
-
-
-# Dialogues
-
-
-def _dialogues(settings: Settings, report: Report, protected: list[dict]) -> tuple[list[dict], list[dict]]:
-    samples, licences = [], Counter()
-    for path in _expand(settings.dialogues.files):
-        for number, row in enumerate(run.read_jsonl(path), 1):
-            if not isinstance(row.get("id"), str) or not isinstance(row.get("messages"), list):
-                raise ValueError(f'{path}: sample {number} needs "id" and "messages"')
-            sample = row | {"source": row.get("source", path.stem), "reasons": []}
-            report.enter(sample["source"])
-            licences[(sample["source"], row.get("licence"))] += 1
-            samples.append(sample)
-    texts = ["\n".join(message["content"] for message in sample["messages"]) for sample in samples]
-    _decontaminate(samples, texts, settings.contamination, protected, report)
-    return _drop(samples, report), [{"source": source, "licence": licence} for source, licence in licences]
-
-
-# Test sets
+# Test sets and near duplicates: reasons that need more than one document
 
 
 def _protected(contamination: Contamination | None) -> list[dict]:
-    """The utterances that no training text may carry: {"conversation_id", "turn", "text"}."""
     if contamination is None:
         return []
-    if contamination.protect not in ("turns", "evidence"):
-        raise ValueError(f"contamination.protect={contamination.protect!r}; use 'turns' or 'evidence'")
-    conversations = [row for path in _expand(contamination.test_sets) for row in run.read_jsonl(path)]
-    guilty: dict[str, set[int]] = {}  # pair_id -> turns with evidence in either twin
-    for row in conversations:
-        pair = row.get("pair_id") or row["conversation_id"]
-        guilty.setdefault(pair, set()).update(item["turn"] for item in row.get("evidence", ()))
-    return [
-        {"conversation_id": row["conversation_id"], "turn": number, "text": turn["text"]}
-        for row in conversations
-        for number, turn in enumerate(row["turns"])
-        if contamination.protect == "turns" or number in guilty[row.get("pair_id") or row["conversation_id"]]
-    ]
+    conversations = (row for path in _expand(contamination.test_sets) for row in run.iter_jsonl(path))
+    return dedup.protected_utterances(conversations, contamination.protect)
 
 
-def _decontaminate(
-    rows: list[dict], texts: list[str], contamination: Contamination | None, protected: list[dict], report: Report
-) -> None:
-    """Adds the reason "contaminated" to rows that carry a protected utterance, whole, in part or nearly."""
+def _decontaminate(rows: list[dict], protected: list[dict], contamination: Contamination | None) -> list[dict]:
+    """Adds the reason "contaminated" where a row carries a protected utterance, in part or nearly; lists each find."""
     if not protected:
-        return
+        return []
     utterances = [item["text"] for item in protected]
-    owners = [i for i, part in enumerate(texts) for _ in part.split("\n")]
-    lines = [line for part in texts for line in part.split("\n")]
-    hits = [(hit.train, hit) for hit in dedup.ngram_hits(texts, utterances, n=contamination.ngram)]
-    near = dedup.near_hits(lines, utterances, threshold=contamination.jaccard)
-    hits += [(owners[hit.train], hit) for hit in near]
-    for i, hit in hits:
-        found = protected[hit.protected]
-        report.contaminated.append(
-            {"id": rows[i]["id"], "conversation_id": found["conversation_id"], "turn": found["turn"]}
+    found = []
+    for hit in dedup.leaks([row["text"] for row in rows], utterances, ngram=contamination.ngram, threshold=contamination.jaccard):
+        row, item = rows[hit.train], protected[hit.protected]
+        if "contaminated" not in row["reasons"]:
+            row["reasons"].insert(0, "contaminated")
+        found.append(
+            {"id": row["id"], "conversation_id": item["conversation_id"], "turn": item["turn"]}
             | {"ngram": hit.overlap, "jaccard": round(hit.jaccard, 3)}
         )
-        if "contaminated" not in rows[i]["reasons"]:
-            rows[i]["reasons"].insert(0, "contaminated")
+    return found
+
+
+def _mark_near_duplicates(rows: list[dict], corpus: Corpus, seed: int) -> None:
+    good = [row for row in rows if not row["reasons"]]
+    texts = [row["text"] for row in good]
+    first = dedup.near_duplicates(texts, bands=corpus.near_bands, rows=corpus.near_rows, seed=seed)
+    for i, row in enumerate(good):
+        if first[i] != i:
+            row["reasons"].append("near_duplicate")
 
 
 # Tokens and rows
@@ -292,18 +246,12 @@ def _decontaminate(
 def _tokenizer(settings: Settings, folder: Path, kept: list[dict]) -> text.Tokenizer:
     if settings.tokenizer:
         return text.load_tokenizer(settings.tokenizer)
-    train = settings.train_tokenizer
-    own = [value for path in _expand(train.texts) for row in run.read_jsonl(path) for value in _strings(row)]
-
-    def texts() -> Iterator[str]:
-        for document in kept:
-            yield from _strings(document["text"] if "text" in document else document["messages"])
-        for _ in range(train.repeat):
-            yield from (filters.normalise(value)[0] for value in own)
-
+    own = [value for path in _expand(settings.train_tokenizer.texts) for value in _strings(run.read_jsonl(path))]
+    own = [value for value in own if filters.japanese_letters(value)]  # ids and enum values are no text
     return text.train_bpe(
-        texts(),
-        vocab_size=train.vocab_size,
+        # As they are: dialogues are not normalised before training either.
+        [row["text"] for row in kept] + own * settings.train_tokenizer.repeat,
+        vocab_size=settings.train_tokenizer.vocab_size,
         folder=folder / "tokenizer",
         chat_template=text.LLAMA3_CHAT_TEMPLATE,
         special_tokens=text.SPECIAL_TOKENS,
@@ -318,72 +266,48 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _split(kept: list[dict], heldout_share: float, seed: int) -> dict[str, list[dict]]:
-    """Held out are the texts with the smallest hash, twins (one `pair_id`) together; at least one where a share is asked."""
+def _write(folder: Path, part: list[dict], tokenizer: text.Tokenizer, settings: Settings, report: Report) -> None:
+    """Tokenise, pack and store one split, and count what each source contributes."""
+    contributed: dict[str, Counter] = {}
 
-    def key(row: dict) -> str:
-        identity = row.get("pair_id") or row.get("text") or row["id"]
-        return hashlib.sha256(f"{seed}:{identity}".encode()).hexdigest()
-
-    if not 0 <= heldout_share < 1:
-        raise ValueError(f"pack.heldout_share={heldout_share} must lie in [0, 1)")
-    if not heldout_share:
-        return {"train": kept}
-    keys = [key(row) for row in kept]
-    unique = sorted(set(keys))
-    if len(unique) < 2:
-        raise ValueError("one document cannot be split into train and heldout; set pack.heldout_share=0")
-    held = set(unique[: max(1, min(len(unique) - 1, round(heldout_share * len(unique))))])
-    return {
-        "train": [row for row, k in zip(kept, keys, strict=True) if k not in held],
-        "heldout": [row for row, k in zip(kept, keys, strict=True) if k in held],
-    }
-
-
-def _write_documents(
-    writer: shards.ShardWriter, part: list[dict], tokenizer: text.Tokenizer, settings: Settings, report: Report, name: str
-) -> None:
-    counts: dict[str, Counter] = {}
+    def count(row: dict, ids: list[int]) -> None:
+        contributed.setdefault(row["source"], Counter()).update(documents=1, tokens=len(ids))
+        characters, japanese = len(row["text"]), int(filters.japanese_letters(row["text"]))
+        report.sources[row["source"]].update(kept=1, characters=characters, japanese_characters=japanese, tokens=len(ids))
 
     def encoded() -> Iterator[list[int]]:
-        for document in _progress(part, f"tokens of {name}"):
-            ids = tokenizer.encode(document["text"])
-            counts.setdefault(document["source"], Counter()).update(documents=1, tokens=len(ids))
+        for row in _progress(part, f"tokens of {folder.name}", "docs"):
+            ids = tokenizer.encode(row["text"])
+            count(row, ids)
             yield ids
 
-    rows = packing.pack_documents(
-        encoded(),
+    with shards.ShardWriter(
+        folder,
         row_length=settings.pack.row_length,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_ids[0],
-        pad_id=tokenizer.pad_id,
-    )
-    writer.write(rows)
-    for source, count in counts.items():
-        writer.add_source(source, **count)
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        rows_per_shard=settings.pack.rows_per_shard,
+    ) as writer:
+        shape = {"row_length": settings.pack.row_length, "pad_id": tokenizer.pad_id}
+        if settings.corpus:
+            controls = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_ids[0]}
+            writer.write(packing.pack_documents(encoded(), **shape, **controls))
+        else:
+            train_on = settings.dialogues.train_on
+            samples = [tokenizer.chat_sample(_messages(row), train_on=train_on) for row in part]
+            packed, left_out = packing.pack_samples(samples, **shape, too_long=settings.dialogues.too_long)
+            for i, row in enumerate(part):
+                if i in set(left_out):
+                    report.drop(row | {"reasons": ["too_long"]})
+                else:
+                    count(row, samples[i][0])
+            writer.write(packed)
+        for source, counts in contributed.items():
+            writer.add_source(source, **counts)
 
 
-def _write_samples(
-    writer: shards.ShardWriter, part: list[dict], tokenizer: text.Tokenizer, settings: Settings, report: Report, name: str
-) -> None:
-    samples = []
-    for sample in _progress(part, f"tokens of {name}"):
-        messages = [{"role": message["role"], "content": message["content"]} for message in sample["messages"]]
-        samples.append(tokenizer.chat_sample(messages, train_on=settings.dialogues.train_on))
-    rows, left_out = packing.pack_samples(
-        samples,
-        row_length=settings.pack.row_length,
-        pad_id=tokenizer.pad_id,
-        too_long=settings.dialogues.too_long,
-    )
-    for i in left_out:
-        report.drop(part[i], ["too_long"])
-    writer.write(rows)
-    counts: dict[str, Counter] = {}
-    for i in sorted(set(range(len(part))) - set(left_out)):
-        counts.setdefault(part[i]["source"], Counter()).update(documents=1, tokens=len(samples[i][0]))
-    for source, count in counts.items():
-        writer.add_source(source, **count)
+def _messages(row: dict) -> list[dict]:
+    return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
 
 
 # Files
@@ -393,28 +317,28 @@ def _expand(globs: Iterable[str]) -> list[Path]:
     """Files of the globs in a stable order; a glob that matches nothing is an error."""
     found = []
     for pattern in globs:
-        files = sorted(glob.glob(pattern, recursive=True))
+        files = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
         if not files:
             raise ValueError(f"nothing matches {pattern!r}; correct the path in the config")
-        found += [Path(file) for file in files]
+        found += map(Path, files)
     return found
 
 
 def _inputs(settings: Settings) -> dict[str, Path]:
-    inputs = {f"domain:{Path(folder).name}": Path(folder) for folder in (settings.corpus.domains if settings.corpus else ())}
-    files = list(settings.dialogues.files if settings.dialogues else ())
-    files += settings.contamination.test_sets if settings.contamination else ()
-    files += settings.train_tokenizer.texts if settings.train_tokenizer else ()
-    inputs |= {str(path): path for path in _expand(files)}
-    if settings.tokenizer:
-        inputs["tokenizer"] = Path(settings.tokenizer)
-    return inputs
+    globs = [
+        *(settings.dialogues.files if settings.dialogues else ()),
+        *(settings.contamination.test_sets if settings.contamination else ()),
+        *(settings.train_tokenizer.texts if settings.train_tokenizer else ()),
+    ]
+    folders = [Path(folder) for folder in (settings.corpus.domains if settings.corpus else ())]
+    inputs = {str(path): path for path in [*_expand(globs), *folders]}
+    return inputs | ({"tokenizer": Path(settings.tokenizer)} if settings.tokenizer else {})
 
 
-def _progress(items: Iterable, what: str) -> Iterable:
+def _progress(items: Iterable, what: str, unit: str) -> Iterable:
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, unit=" docs", disable=None, leave=False)
+    return tqdm(items, desc=what, unit=f" {unit}", disable=None, leave=False)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m experiments.report --config=configs/report/demo.py --workdir=runs/demo/report
 
 Reads the folders its config names and writes only its own. The page needs no network; open `index.html` in any browser. Config
-fields: title, introduction, evaluations, example_model, training, synthesis, contamination, stages, quotation, limits, own_data
+fields: title, introduction, evaluations, example_model, training, data, stages, quotation, limits, own_data
 (see swallow_jax.report.Sections); an empty one leaves its section out.
 """
 
@@ -21,18 +21,21 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     if not sections.evaluations:
         raise ValueError("config.evaluations is empty; name at least one folder of experiments.evaluate")
     evaluations = [report.read_evaluation(folder) for folder in sections.evaluations]
-    folders = [*sections.evaluations, *(entry["folder"] for entry in (*sections.training, *sections.stages))]
+    folders = [*sections.evaluations, *(entry["folder"] for entry in (*sections.training, *sections.data, *sections.stages))]
     inputs = {f"folder {folder}": folder for folder in dict.fromkeys(map(str, folders))}
-    inputs |= {f"file {entry['file']}": entry["file"] for entry in (*sections.synthesis, *sections.contamination)}
     job = run.open_run(workdir, config, inputs=inputs, parents=sections.evaluations)
 
     # Examples come from the evaluations in which the model took part.
     shown = [
-        report.examples(e, sections.example_model) if sections.example_model in (arm["model"] for arm in e.details["arms"]) else []
+        report.examples(e, sections.example_model)
+        if sections.example_model in (arm["model"] for arm in e.details["arms"])
+        else []
         for e in evaluations
     ]
     if sections.example_model and not any(shown):
-        raise ValueError(f"config.example_model: {sections.example_model!r} is in none of the evaluations; name one of their models")
+        raise ValueError(
+            f"config.example_model: {sections.example_model!r} is in none of the evaluations; name one of their models"
+        )
     if not job.finished:
         run.write_json(job.folder / "results.json", report.results(evaluations))
         run.write_text(job.folder / "index.html", report.page(sections, evaluations, shown))
@@ -43,11 +46,17 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     print(report.comparisons_text(evaluations))
     for evaluation, found in zip(evaluations, shown, strict=True):
         print(report.examples_text(found, evaluation.names()))
+    if sections.data:
+        data = [(entry["name"], report.run_result(entry["folder"])) for entry in sections.data]
+        print("\n" + report.text_table(report.CONTAMINATION_HEADER, report.contamination_rows(data)))
     if sections.stages:
         rows = [(name, f"{minutes:.1f}", tokens) for name, minutes, tokens in report.stage_rows(sections.stages)]
         print("\n" + report.text_table(["stage", "minutes", "tokens"], rows))
     if sections.quotation:
-        rows = [(row["model"], f"{row['correct']}/{row['n']}", f"{100 * row['correct'] / row['n']:.1f}") for row in sections.quotation["rows"]]
+        rows = [
+            (row["model"], f"{row['correct']}/{row['n']}", f"{100 * row['correct'] / row['n']:.1f}")
+            for row in sections.quotation["rows"]
+        ]
         print(f"\nQuotation, another test set: {sections.quotation['source']}")
         print(report.text_table(["model", "correct", "accuracy %"], rows))
     for sentence in sections.limits:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cpt, door
-from swallow_jax import checkpoint, run, text
+from swallow_jax import checkpoint, run, text, train
 from swallow_jax.data import packing, shards
 
 
@@ -34,8 +34,17 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     mixture = [(str(packed), int(config.data.samples_weight)), *replay]
     share = mixture[0][1] / sum(weight for _, weight in mixture)
     steps = math.ceil(config.epochs * index["rows"] / share / config.data.batch_size)
+    heldout = job.folder / "data" / "heldout_samples"
+    targets = 0 if replay else max(most_targets(packed), most_targets(heldout))
     job.note(samples=index["sources"])
-    return cpt.train_model(config, job, mixture, str(job.folder / "data" / "heldout_samples"), steps=steps)
+    settings = {**config.train.to_dict(), "steps": steps, "targets_per_row": targets}
+    return cpt.train_model(config, job, mixture, str(heldout), run.build(train.TrainConfig, settings, "train"))
+
+
+def most_targets(folder: Path) -> int:
+    """The largest number of targets in a row of these shards."""
+    rows = shards.open_shards(folder)
+    return max(int((rows[i].weights > 0).sum()) for i in range(len(rows)))
 
 
 def pack(samples: Path, folder: Path, tokenizer: text.Tokenizer, row_length: int, train_on: str) -> None:

@@ -6,6 +6,7 @@ stylesheet's, so they follow the reader's light or dark mode, and need neither s
 
 import html
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ class Html(str):
 def h(tag: str, *children: Any, **attributes: Any) -> Html:
     """One element: children are escaped unless they are `Html`; `class_` gives class, `x_y` gives x-y, None is left out."""
     words = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for name, value in attributes.items() if value is not None
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for name, value in attributes.items()
+        if value is not None
     )
     inside = "".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children)
     return Html(f"<{tag}{words}>{inside}</{tag}>")
@@ -49,7 +52,9 @@ def forest(rows: Sequence[tuple[str, float, float, float]], *, low: float, high:
         parts.append(h("text", f"{tick:g}", x=x(tick), y=height - 8, text_anchor="middle", class_="axis"))
     for number, (name, value, left, right) in enumerate(rows):
         y = 34 * number
-        shown = name if len(name) <= 42 else name[:41] + "…"
+        shown = name
+        while display_width(shown) > 42:  # what fits beside the figures on a phone
+            shown = shown.rstrip("…")[:-1] + "…"
         parts.append(h("text", h("title", name), shown, x=0, y=y + 12))
         parts.append(h("text", f"{value:.1f} [{left:.1f}, {right:.1f}]", x=400, y=y + 12, text_anchor="end"))
         parts.append(h("line", x1=x(left), x2=x(right), y1=y + 23, y2=y + 23, class_="interval"))
@@ -89,6 +94,11 @@ def curves(name: str, metrics: Sequence[Mapping[str, Any]]) -> Html:
     return h("figure", h("svg", h("title", caption), *parts, viewBox="0 0 400 160", role="img"), h("figcaption", caption))
 
 
+def display_width(text: str) -> int:
+    """Columns of a terminal, or half the font size: East Asian wide characters count two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
 def document(title: str, body: Sequence[Html]) -> str:
     """A whole page that needs nothing from outside."""
     head = (
@@ -108,27 +118,42 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --soft: #59626b; --line: #d5dae0; --c0: #1f5fa8; --c1: #b4531a;
-  --fill: #cfe0f3; --mark: #ffe28a; --right: 31, 120, 80; --wrong: 190, 70, 50; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --paper: #14171a; --soft: #a2abb4; --line: #363d44; --c0: #7db4f0;
-  --c1: #f0a172; --fill: #24405f; --mark: #6b5200; --right: 80, 190, 140; --wrong: 240, 120, 95; } }
+:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --soft: #59626b; --line: #d5dae0;
+  --c0: #1f5fa8; --c1: #b4531a; --fill: #cfe0f3; --mark: #ffe28a; --right: 31, 120, 80; --wrong: 190, 70, 50; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --paper: #14171a; --soft: #a2abb4; --line: #363d44;
+  --c0: #7db4f0; --c1: #f0a172; --fill: #24405f; --mark: #6b5200; --right: 80, 190, 140; --wrong: 240, 120, 95; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Hiragino Sans", "Noto Sans CJK JP", sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, "Hiragino Sans", "Noto Sans CJK JP", sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-h3 { font-size: 1rem; margin-top: 1.6rem; } .small, figcaption { color: var(--soft); font-size: .86rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; }
+h2 { font-size: 1.25rem; margin-top: 2.4rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1rem; margin-top: 1.6rem; }
+.small, figcaption { color: var(--soft); font-size: .86rem; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; white-space: normal; min-width: 8.5rem; overflow-wrap: anywhere; } thead th { color: var(--soft); font-weight: 600; }
-.bar { position: relative; display: inline-block; min-width: 9.5rem; padding: 0 .3rem; } .bar span { position: relative; }
+th:first-child { text-align: left; white-space: normal; min-width: 8.5rem; overflow-wrap: anywhere; }
+thead th { color: var(--soft); font-weight: 600; }
+.bar { position: relative; display: inline-block; min-width: 9.5rem; padding: 0 .3rem; }
+.bar span { position: relative; }
 .bar .fill { position: absolute; left: 0; top: 0; bottom: 0; background: var(--fill); border-radius: 2px; }
-.confusion td { text-align: center; } .right { background: rgba(var(--right), calc(.12 + .6 * var(--share))); }
+.confusion td { text-align: center; }
+.right { background: rgba(var(--right), calc(.12 + .6 * var(--share))); }
 .wrong { background: rgba(var(--wrong), calc(.12 + .6 * var(--share))); }
-figure { margin: 1rem 0; } svg { width: 100%; max-width: 620px; height: auto; display: block; } svg text { font-size: 12px; fill: var(--ink); }
-svg .axis { fill: var(--soft); font-size: 10.5px; } .grid { stroke: var(--line); } .zero { stroke: var(--ink); } .interval { stroke: var(--c0); stroke-width: 2.5; }
-.point { fill: var(--c0); } .line0, .line1 { fill: none; stroke: var(--c0); stroke-width: 1.6; } .line1 { stroke: var(--c1); stroke-dasharray: 5 3; }
-.dot1 { fill: var(--c1); } article { border: 1px solid var(--line); border-radius: 6px; padding: .2rem .9rem; margin: .8rem 0; } article p { margin: .45rem 0; }
-mark { background: var(--mark); color: inherit; padding: 0 .1em; } blockquote { margin: 0; border-left: 4px solid var(--line); padding-left: 1rem; }
-details { margin: .4rem 0; } summary { cursor: pointer; } pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-radius: 6px; }
+figure { margin: 1rem 0; }
+svg { width: 100%; max-width: 620px; height: auto; display: block; }
+svg text { font-size: 12px; fill: var(--ink); }
+svg .axis { fill: var(--soft); font-size: 10.5px; }
+.grid { stroke: var(--line); } .zero { stroke: var(--ink); }
+.interval { stroke: var(--c0); stroke-width: 2.5; } .point { fill: var(--c0); }
+.line0, .line1 { fill: none; stroke: var(--c0); stroke-width: 1.6; }
+.line1 { stroke: var(--c1); stroke-dasharray: 5 3; } .dot1 { fill: var(--c1); }
+article { border: 1px solid var(--line); border-radius: 6px; padding: .2rem .9rem; margin: .8rem 0; }
+article p { margin: .45rem 0; }
+mark { background: var(--mark); color: inherit; padding: 0 .1em; }
+blockquote { margin: 0; border-left: 4px solid var(--line); padding-left: 1rem; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-radius: 6px; }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 """

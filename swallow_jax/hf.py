@@ -162,7 +162,7 @@ def load(path: str | os.PathLike, *, dtype: Any = None, mesh: Any = None) -> tup
     """
     path = Path(path)
     config = read_config(path)
-    tensors = _gguf_tensors(path, config) if path.suffix == ".gguf" else _safetensors(path)
+    tensors = _gguf_tensors(path, config) if path.suffix == ".gguf" else open_tensors(path)
     shapes, _ = llama.abstract_params(config, np.float32)
     wanted = {name: shape for name, _, shape in _items(shapes)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -204,8 +204,9 @@ def placements(config: LlamaConfig, mesh: Any = None) -> Any:
     )
 
 
-def _safetensors(folder: Path) -> Tensors:
+def open_tensors(folder: str | os.PathLike) -> Tensors:
     """Readers of all tensors of a folder: model.safetensors, or the shards that the index names."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist")
     index = folder / "model.safetensors.index.json"
@@ -281,7 +282,7 @@ def save(
         raise ValueError(f"dtype {dtype!r}; known: float32, bfloat16, float16, source")
     kinds = {}
     if dtype == "source":
-        kinds = {name: reader().dtype for name, reader in _safetensors(Path(source_folder)).items()}
+        kinds = {name: reader().dtype for name, reader in open_tensors(source_folder).items()}
     names = [(name, kinds.get(name, None if dtype == "source" else np.dtype(dtype))) for name, _, _ in _items(params)]
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -293,7 +294,8 @@ def save(
             file = Path(source_folder) / "config.json"
             before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             raw = {**before, **raw} if dtype != "source" else {**raw, **before, **_rope_fields(raw)}
-            text.copy_tokenizer(source_folder, temporary)
+            if (source := Path(source_folder) / "tokenizer.json").is_file() or list(source.parent.glob("*.model")):
+                text.copy_tokenizer(source_folder, temporary)
         run.write_json(temporary / "config.json", raw)
         os.replace(temporary, folder)
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from swallow_jax.attention import attend
@@ -225,21 +226,20 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def inverse_frequencies(config: LlamaConfig) -> jax.Array:
     """RoPE's float32 inverse frequencies [H/2], with the llama3 scaling of the checkpoint (applied at all lengths).
 
-    Computed with numpy in the order of HF's `_compute_llama3_parameters`, so that the bits agree.
+    Computed in the order of HF's `_compute_llama3_parameters`, so that the bits agree; the power is taken in float64 and
+    rounded, since numpy's float32 power is off by one bit where torch's is not.
     """
-    import numpy as np
-
     exponent = np.arange(0, config.head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(config.head_dim)
-    inv_freq = (1.0 / np.power(np.float32(config.rope_theta), exponent, dtype=np.float32)).astype(np.float32)
+    inv_freq = np.float32(1) / np.power(config.rope_theta, exponent.astype(np.float64)).astype(np.float32)
     s = config.rope_scaling
     if s is not None:
         low = s.original_max_position_embeddings / s.low_freq_factor
         high = s.original_max_position_embeddings / s.high_freq_factor
-        wavelength = np.float32(2 * math.pi) / inv_freq
+        # torch divides a number by a tensor as reciprocal times number; the last bit follows.
+        wavelength = np.float32(1) / inv_freq * np.float32(2 * math.pi)
         slow = np.where(wavelength > low, inv_freq / np.float32(s.factor), inv_freq)
-        smooth = (np.float32(s.original_max_position_embeddings) / wavelength - np.float32(s.low_freq_factor)) / np.float32(
-            s.high_freq_factor - s.low_freq_factor
-        )
+        rotations = np.float32(1) / wavelength * np.float32(s.original_max_position_embeddings)
+        smooth = (rotations - np.float32(s.low_freq_factor)) / np.float32(s.high_freq_factor - s.low_freq_factor)
         blend = (1 - smooth) * slow / np.float32(s.factor) + smooth * slow
         inv_freq = np.where((wavelength >= high) & (wavelength <= low), blend, slow).astype(np.float32)
     return jnp.asarray(inv_freq)

@@ -6,14 +6,18 @@ Percentages and percentage points (pp) are for people; files keep fractions.
 import dataclasses
 import json
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from swallow_jax import figures, run, stats
-from swallow_jax.figures import Html, bar, h, table
+from swallow_jax.figures import Html, bar, display_width, h, table
 
+_READING = (
+    "p (pairs): sign-flip permutation test over twin pairs, the primary test; Holm adjusts it for all comparisons of this "
+    "table. McNemar's exact test takes items for independent and knows single runs only. Detectable: the smallest difference "
+    "found four times in five at this size and this much disagreement."
+)
 COMPLIANT = "compliant"  # label id of "no violation" in prediction rows
 PRIMARY = "exact_category"
 
@@ -27,8 +31,7 @@ class Sections:
     evaluations: tuple  # folders of experiments.evaluate
     example_model: str  # whose hit, miss and false alarm are shown; "" for none
     training: tuple  # {name, folder} of experiments.cpt and .sft
-    synthesis: tuple  # {name, file}: JSON reports with a funnel of counts
-    contamination: tuple  # {name, file}: JSON results of the overlap checks
+    data: tuple  # {name, folder} of experiments.prepare and .synthesize: funnels, and what overlapped the test set
     stages: tuple  # {name, folder}: minutes by stage, from the manifests
     quotation: dict  # {source, note, rows: ({model, correct, n}, ...)}; {} for none
     limits: tuple  # sentences: what these models cannot show
@@ -82,13 +85,24 @@ def arm_rows(evaluation: Evaluation) -> list[list[str]]:
         exact, binary = evaluation.value(arm["model"], PRIMARY), evaluation.value(arm["model"], "binary")
         seeds = f" (mean of {len(arm['seeds'])} seeds)" if len(arm["seeds"]) > 1 else ""
         alarms = f"{arm['false_alarms']}/{arm['compliant']}" if arm["compliant"] else "-"
-        rows.append([arm["model"] + seeds, f"{exact['correct']:.4g}/{exact['n']}", _percent(exact["value"]), _range(exact["ci95"]),
+        right = f"{exact['correct']:.4g}/{exact['n']}"
+        rows.append([arm["model"] + seeds, right, _percent(exact["value"]), _range(exact["ci95"]),
                      _percent(binary["value"]), alarms, f"{arm['invalid']}/{arm['answers']}"])  # fmt: skip
     return rows
 
 
 ARM_HEADER = ["model", "correct", "accuracy %", "95 % interval", "violation or not %", "false alarms", "invalid"]
-PAIRED_HEADER = ["a - b", "metric", "pp", "95 % interval", "a only / b only", "p (pairs)", "p (Holm)", "p (McNemar)", "detectable pp"]
+PAIRED_HEADER = [
+    "a - b",
+    "metric",
+    "pp",
+    "95 % interval",
+    "a only / b only",
+    "p (pairs)",
+    "p (Holm)",
+    "p (McNemar)",
+    "detectable pp",
+]
 
 
 def comparison_rows(evaluation: Evaluation) -> list[list[str]]:
@@ -105,9 +119,39 @@ def stage_rows(stages: Iterable[Mapping[str, str]]) -> list[tuple[str, float, st
     """(stage, minutes, tokens) of each finished folder, from its manifest."""
     rows = []
     for stage in stages:
-        manifest = _json(Path(stage["folder"]) / "manifest.json")
-        tokens = manifest.get("result", {}).get("tokens")
-        rows.append((stage["name"], manifest.get("seconds", math.nan) / 60, f"{tokens:,}" if tokens else ""))
+        result = run_result(stage["folder"])
+        tokens = result.get("tokens")
+        minutes = _json(Path(stage["folder"]) / "manifest.json")["seconds"] / 60
+        rows.append((stage["name"], minutes, f"{tokens:,}" if isinstance(tokens, int) else ""))
+    return rows
+
+
+def funnels(name: str, result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """(heading, [(step, count)]) from the result of a prepare run, or one for each teacher of a synthesize run."""
+    if "by_backend" not in result:
+        lost = [(f"dropped: {reason}", count) for reason, count in result["dropped_by_reason"].items()]
+        return [(name, [("read", result["documents_in"]), *lost, ("kept", result["kept"])])]
+    found = []
+    for teacher, counts in result["by_backend"].items():
+        lost = [(f"rejected: {reason}", count) for reason, count in counts["rejected_by_reason"].items()]
+        steps = [("requested", counts["requested"]), ("answered", counts["generated"]), *lost, ("accepted", counts["accepted"])]
+        found.append((f"{name}: teacher {teacher}", steps))
+    return found
+
+
+CONTAMINATION_HEADER = ["stage", "checked", "removed for overlap with the test set", "overlaps left"]
+
+
+def contamination_rows(data: Iterable[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
+    """What each stage found of the test set in its texts; "-" where a stage does not look twice."""
+    rows = []
+    for name, result in data:
+        if "by_backend" in result:
+            removed = result["rejected_by_reason"].get("contamination", 0)
+            rows.append([name, f"{result['generated']:,}", f"{removed:,}", f"{result['contamination']:,}"])
+        else:
+            removed = result["dropped_by_reason"].get("contaminated", 0)
+            rows.append([name, f"{result['documents_in']:,}", f"{removed:,}", "-"])
     return rows
 
 
@@ -157,7 +201,8 @@ def example_words(example: Mapping[str, Any], names: Mapping[str, str]) -> str:
     sure = f" ({100 * row['probs'][row['pred']]:.0f} %)" if row.get("probs") else ""
     missing = "; left unsaid: " + "、".join(conversation["missing_items"]) if conversation["missing_items"] else ""
     shown = "" if conversation["labels"] else "; marked: where it differs from its violating twin"
-    return f"{example['kind']}: {row['conversation_id']}, gold {names[row['gold']]}, predicted {names[row['pred']]}{sure}{missing}{shown}"
+    verdict = f"gold {names[row['gold']]}, predicted {names[row['pred']]}{sure}"
+    return f"{example['kind']}: {row['conversation_id']}, {verdict}{missing}{shown}"
 
 
 def mark_parts(text: str, quotes: Sequence[str]) -> list[tuple[bool, str]]:
@@ -183,18 +228,19 @@ def mark_parts(text: str, quotes: Sequence[str]) -> list[tuple[bool, str]]:
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right; wide characters count as two."""
     table = [list(header), *[list(map(str, row)) for row in rows]]
-    widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
+    widths = [max(display_width(row[column]) for row in table) for column in range(len(header))]
     lines = []
     for row in table:
-        cells = [row[0] + " " * (widths[0] - _width(row[0]))]
-        cells += [" " * (width - _width(cell)) + cell for cell, width in zip(row[1:], widths[1:], strict=True)]
+        cells = [row[0] + " " * (widths[0] - display_width(row[0]))]
+        cells += [" " * (width - display_width(cell)) + cell for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * max(map(_width, lines)), *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(display_width, lines)), *lines[1:]])
 
 
 def arms_text(evaluations: Sequence[Evaluation]) -> str:
     return "\n".join(
-        f"\n{e.details['task']}, test set {e.details['test_set']['name']}\n{text_table(ARM_HEADER, arm_rows(e))}" for e in evaluations
+        f"\n{e.details['task']}, test set {e.details['test_set']['name']}\n{text_table(ARM_HEADER, arm_rows(e))}"
+        for e in evaluations
     )
 
 
@@ -257,13 +303,6 @@ def example_block(example: Mapping[str, Any], names: Mapping[str, str], language
     return h("article", h("h3", example_words(example, names)), h("div", *turns, lang=language))
 
 
-def facts_table(values: Mapping[str, Any]) -> Html:
-    """A JSON report as a table: nested names joined by dots, lists by their length or their words."""
-    rows = list(_flat(values, ""))
-    most = max((value for _, value in rows if _is_count(value)), default=0)
-    return table(["", "value"], [(name, bar(v / most if most else 0, f"{v:,}") if _is_count(v) else _word(v)) for name, v in rows])
-
-
 def page(sections: Sections, evaluations: Sequence[Evaluation], shown: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """The whole page; `shown[e]` are the examples of evaluation e (maybe none)."""
     body = [h("h1", sections.title), h("p", sections.introduction) if sections.introduction else Html()]
@@ -274,13 +313,21 @@ def page(sections: Sections, evaluations: Sequence[Evaluation], shown: Sequence[
     if sections.training:
         body.append(h("h2", "Training"))
         body += [figures.curves(t["name"], run.read_jsonl(Path(t["folder"]) / "metrics.jsonl")) for t in sections.training]
-    for heading, entries in (("Synthesis", sections.synthesis), ("Contamination", sections.contamination)):
-        for entry in entries:
-            body += [h("h2", f"{heading}: {entry['name']}"), facts_table(_json(Path(entry["file"])))]
+    if sections.data:
+        data = [(entry["name"], run_result(entry["folder"])) for entry in sections.data]
+        body += [h("h2", "Data: what went in, what was kept")]
+        for name, steps in (funnel for entry in data for funnel in funnels(*entry)):
+            most = max((count for _, count in steps), default=0)
+            rows = [(step, bar(count / most if most else 0, f"{count:,}")) for step, count in steps]
+            body += [h("h3", name), table(["step", "count"], rows)]
+        body += [
+            h("h2", "Contamination: overlap of training text with the test set"),
+            table(CONTAMINATION_HEADER, contamination_rows(data)),
+        ]
     if sections.stages:
         stages = stage_rows(sections.stages)
-        most = max((minutes for _, minutes, _ in stages if math.isfinite(minutes)), default=1)
-        rows = [(name, bar(m / most, f"{m:.1f}") if math.isfinite(m) else "not finished", t) for name, m, t in stages]
+        most = max(minutes for _, minutes, _ in stages) or 1
+        rows = [(name, bar(minutes / most, f"{minutes:.1f}"), tokens) for name, minutes, tokens in stages]
         body += [h("h2", "Minutes by stage"), table(["stage", "minutes", "tokens"], rows)]
     if sections.limits:
         body += [h("h2", "What these models cannot show"), h("ul", *(h("li", sentence) for sentence in sections.limits))]
@@ -306,10 +353,8 @@ def _evaluation_parts(evaluation: Evaluation, found: Sequence[Mapping[str, Any]]
         points = [(f"{r['a']} - {r['b']}", *(100 * v for v in (r["diff"], *r["ci95"]))) for r in evaluation.paired]
         parts += [
             h("h3", "Comparisons declared before the run"), table(PAIRED_HEADER, comparison_rows(evaluation)),
-            figures.forest(points, low=-reach, high=reach, caption="Differences in percentage points with 95 % intervals", zero=True),
-            h("p", "p (pairs): sign-flip permutation test over twin pairs, the primary test; Holm adjusts it for all comparisons of "
-              "this table. McNemar's exact test takes items for independent and knows single runs only. Detectable: the smallest "
-              "difference found four times in five at this size and disagreement.", class_="small"),
+            figures.forest(points, low=-reach, high=reach, caption="Differences in pp with 95 % intervals", zero=True),
+            h("p", _READING, class_="small"),
         ]  # fmt: skip
     parts += [h("h3", "Recall by category"), recall_table(evaluation), h("h3", "Confusion")]
     for arm in details["arms"]:
@@ -327,7 +372,9 @@ def _quotation_parts(quotation: Mapping[str, Any]) -> list[Html]:
     for row in quotation["rows"]:
         interval = _range(stats.wilson(row["correct"], row["n"]))
         rows.append([row["model"], f"{row['correct']}/{row['n']}", _percent(row["correct"] / row["n"]), interval])
-    quoted = h("blockquote", table(["model", "correct", "accuracy %", "95 % (Wilson)"], rows), h("p", f"Source: {quotation['source']}"))
+    quoted = h(
+        "blockquote", table(["model", "correct", "accuracy %", "95 % (Wilson)"], rows), h("p", f"Source: {quotation['source']}")
+    )
     return [h("h2", "Quotation: the published result on another test set"), h("p", quotation["note"]), quoted]
 
 
@@ -343,24 +390,12 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); run the program that writes it again") from None
 
 
-def _flat(value: Any, name: str) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) if len(value) < 6 and not any(isinstance(v, dict | list) for v in value) else f"{len(value)} rows"
-    return str(value)
+def run_result(folder: str | Path) -> dict[str, Any]:
+    """The result of a finished run folder."""
+    manifest = _json(Path(folder) / "manifest.json")
+    if "result" not in manifest:
+        raise ValueError(f"{folder} is not finished; run its program again, it goes on where it stopped")
+    return manifest["result"]
 
 
 def _percent(share: float) -> str:
@@ -373,7 +408,3 @@ def _range(ends: Sequence[float]) -> str:
 
 def _p(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

@@ -26,7 +26,7 @@ def wilson(k: float, n: int, level: float = 0.95) -> tuple[float, float]:
         raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}; write 0.95 for 95 %")
-    z = special.ndtri(0.5 + level / 2)
+    z = float(special.ndtri(0.5 + level / 2))
     p = k / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -38,9 +38,7 @@ def pair_sums(values_SI: np.ndarray, pairs: Sequence[str]) -> np.ndarray:
     """Sum the items of each pair: `[S, I]` -> `[S, P]`, pairs in order of first appearance."""
     values_SI = np.asarray(values_SI, dtype=np.float64)
     if values_SI.ndim != 2 or values_SI.shape[1] != len(pairs) or values_SI.size == 0:
-        raise ValueError(
-            f"scores must be [seeds, items] with {len(pairs)} items, one pair id each, got {values_SI.shape}"
-        )
+        raise ValueError(f"scores must be [seeds, items] with {len(pairs)} items, one pair id each, got {values_SI.shape}")
     number_of = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
     sums_SP = np.zeros((values_SI.shape[0], len(number_of)))
     np.add.at(sums_SP, (slice(None), [number_of[pair] for pair in pairs]), values_SI)
@@ -51,16 +49,14 @@ def _pair_differences(a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str]) 
     return pair_sums(a_SI, pairs).mean(0) - pair_sums(b_SI, pairs).mean(0)
 
 
-def sign_flip_pairs(
-    a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str], *, permutations: int, seed: int
-) -> float:
+def sign_flip_pairs(a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str], *, permutations: int, seed: int) -> float:
     """Two-sided p of "swapping the two arms within a pair changes nothing".
 
     The statistic is the mean over pairs of the pair-summed difference of the arms' means over their seeds; under the
     hypothesis every pair's difference may change its sign. Exact where possible: for right-or-wrong scores the distribution is
     a convolution over a grid of counts, for other scores all sign patterns are enumerated when there are at most
-    `permutations` of them. Otherwise `permutations` seeded draws with the observed one added to both counts (Phipson & Smyth 2010),
-    so p is never 0. The p speaks about these seeds; `paired_bootstrap` is the place where seeds vary.
+    `permutations` of them. Otherwise `permutations` seeded draws with the observed one added to both counts (Phipson & Smyth
+    2010), so p is never 0. The p speaks about these seeds; `paired_bootstrap` is the place where seeds vary.
     """
     difference_P = _pair_differences(a_SI, b_SI, pairs)
     # Means over S_a and S_b seeds of whole counts lie on a grid of 1 / lcm(S_a, S_b).
@@ -102,8 +98,7 @@ def mcnemar_exact(b01: int, b10: int) -> float:
     """Exact two-sided McNemar p from the discordant counts (a wrong and b right, a right and b wrong); 1 if there are none."""
     if b01 < 0 or b10 < 0 or b01 != int(b01) or b10 != int(b10):
         raise ValueError(f"discordant counts must be whole and not negative, got {b01} and {b10}")
-    if b01 + b10 == 0:
-        return 1.0
+    # Twice the smaller tail exceeds 1 at the centre; with no disagreement at all it is 2.
     return float(min(1.0, 2 * special.bdtr(min(b01, b10), b01 + b10, 0.5)))
 
 
@@ -118,8 +113,9 @@ def paired_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of mean(a) - mean(b) over items, resampling whole pairs and, within each arm, seeds.
 
-    With `b_SI=None` the interval of mean(a) alone. With few seeds the seed part is too narrow (three seeds show little of
-    their spread), and an interval has no width where no pair differs: show it beside the exact test.
+    With `b_SI=None` the interval of mean(a) alone. Resampling both ways counts what is noise of a single answer twice, so
+    several seeds give an interval that errs on the wide side (Owen 2007, the pigeonhole bootstrap). It has no width where no
+    pair differs: show it beside the exact test.
     """
     a_SP = pair_sums(a_SI, pairs)
     items_P = pair_sums(np.ones((1, len(pairs))), pairs)[0]
@@ -185,19 +181,13 @@ def ece(probabilities_IC: np.ndarray, gold_I: Sequence[int], *, bins: int) -> fl
     return float(sum(n * abs(accuracy - confidence) for n, confidence, accuracy in rows) / len(gold_I))
 
 
-def reliability(
-    probabilities_IC: np.ndarray, gold_I: Sequence[int], *, bins: int
-) -> list[tuple[int, float, float]]:
+def reliability(probabilities_IC: np.ndarray, gold_I: Sequence[int], *, bins: int) -> list[tuple[int, float, float]]:
     """(items, mean confidence, accuracy) for each of `bins` groups of equal mass, least confident first."""
     probabilities_IC = _checked_probabilities(probabilities_IC, gold_I)
     confidence_I = probabilities_IC.max(1)
     right_I = probabilities_IC.argmax(1) == np.asarray(gold_I)
     groups = np.array_split(np.argsort(confidence_I, kind="stable"), bins)
-    return [
-        (len(group), float(confidence_I[group].mean()), float(right_I[group].mean()))
-        for group in groups
-        if len(group)
-    ]
+    return [(len(group), float(confidence_I[group].mean()), float(right_I[group].mean())) for group in groups if len(group)]
 
 
 def _checked_probabilities(probabilities_IC: np.ndarray, gold_I: Sequence[int]) -> np.ndarray:

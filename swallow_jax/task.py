@@ -73,6 +73,7 @@ class Task:
     test_sets: dict[str, pathlib.Path]
     dev_sets: dict[str, pathlib.Path]
     meta_talk: tuple[str, ...]  # phrases of a generator talking about its text, never of a speaker
+    same_matter: tuple[tuple[str, ...], ...]  # words that speak of one thing, so that saying one says the other
     notes: tuple[str, ...]
     _prompts: dict[str, dict[str, str]]
     _answers: dict[str, str | None]  # normalised text -> label id
@@ -84,6 +85,11 @@ class Task:
                 return category
         known = ", ".join(c.id for c in self.categories)
         raise ValueError(f"{label_id!r} is no category of task {self.id}; it has: {known}")
+
+    @property
+    def label_words(self) -> tuple[str, ...]:
+        """What must not occur in a conversation, lest it tell its own label."""
+        return (*self.labels, *(category.name_ja for category in self.categories))
 
     def label_text(self, label_id: str | None) -> str:
         """The closed answer text of a label id (None: compliant)."""
@@ -124,22 +130,25 @@ class Task:
 
     def transcript(self, turns: Iterable[Mapping[str, str]]) -> str:
         """Turns as prompts show them, one a line; line breaks inside a turn become spaces."""
-        return "\n".join(
-            self.turn_format.format(speaker=t["speaker"], text=" ".join(t["text"].split("\n"))) for t in turns
-        )
+        return "\n".join(self.turn_format.format(speaker=t["speaker"], text=" ".join(t["text"].split("\n"))) for t in turns)
 
     def prompt(self, conversation: Mapping[str, Any], name: str | None = None) -> tuple[dict[str, str], ...]:
         """The messages that ask for a conversation's label; `name` chooses the template, else task.yaml's default."""
         definitions = [*(c.definition for c in self.categories), self.compliant_definition]
         pairs = zip(self.labels, definitions, strict=True)
-        messages = self.render(name or self.default_prompt, {
-            "conversation": self.transcript(conversation["turns"]),
-            "definitions": "\n".join(f"- {label}: {definition}" for label, definition in pairs),
-            "labels": "、".join(self.labels),
-        })
+        messages = self.render(
+            name or self.default_prompt,
+            {
+                "conversation": self.transcript(conversation["turns"]),
+                "definitions": "\n".join(f"- {label}: {definition}" for label, definition in pairs),
+                "labels": "、".join(self.labels),
+            },
+        )
         if isinstance(messages, str):
-            raise ValueError(f"prompt {name or self.default_prompt!r} of task {self.id} is a '## text' template; "
-                             "classification needs '## system' and '## user'")
+            raise ValueError(
+                f"prompt {name or self.default_prompt!r} of task {self.id} is a '## text' template; "
+                "classification needs '## system' and '## user'"
+            )
         return messages
 
 
@@ -155,17 +164,15 @@ def load_task(folder: str | pathlib.Path) -> Task:
     folder = pathlib.Path(folder)
     path = folder / "task.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a task is a folder with a task.yaml "
-                                "(copy one from configs/tasks/)")
+        raise FileNotFoundError(f"{path} does not exist; a task is a folder with a task.yaml (copy one from configs/tasks/)")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     door = _Door(path, raw, "")
-    categories = tuple(_category(door.child(item, f"categories[{i}]"))
-                       for i, item in enumerate(door.take("categories", list)))
+    categories = tuple(_category(door.child(item, f"categories[{i}]")) for i, item in enumerate(door.take("categories", list)))
     if not categories:
         door.fail("categories", "is empty", "list at least one category")
     compliant = door.child(door.take("compliant", dict), "compliant")
@@ -184,8 +191,7 @@ def load_task(folder: str | pathlib.Path) -> Task:
     turn_format = door.take("turn_format", str)
     if set(re.findall(r"\{(\w*)\}", turn_format)) != {"speaker", "text"}:
         door.fail("turn_format", f"is {turn_format!r}", "write it with {speaker} and {text}")
-    prompts = {name: _template(door, f"prompts.{name}", folder / file)
-               for name, file in door.mapping("prompts", str).items()}
+    prompts = {name: _template(door, f"prompts.{name}", folder / file) for name, file in door.mapping("prompts", str).items()}
     default_prompt = door.take("default_prompt", str)
     if default_prompt not in prompts:
         door.fail("default_prompt", f"is {default_prompt!r}", f"choose one of: {', '.join(prompts)}")
@@ -200,18 +206,31 @@ def load_task(folder: str | pathlib.Path) -> Task:
         for value, weight in values.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or weight <= 0:
                 door.fail(f"attributes.{name}.{value}", f"has weight {weight!r}", "give a number above zero")
+    same_matter = tuple(tuple(group.split()) for group in door.strings("same_matter", []))
     task = Task(
-        id=door.take("id", str), version=door.take("version", str), folder=folder,
-        language=door.take("language", str), speakers=speakers, turn_format=turn_format,
-        label_policy=policy, categories=categories, compliant_definition=definition,
+        id=door.take("id", str),
+        version=door.take("version", str),
+        folder=folder,
+        language=door.take("language", str),
+        speakers=speakers,
+        turn_format=turn_format,
+        label_policy=policy,
+        categories=categories,
+        compliant_definition=definition,
         labels=(*(c.label for c in categories), compliant_label),
         label_ids=(*(c.id for c in categories), None),
-        default_prompt=default_prompt, keywords={k: tuple(v) for k, v in keywords.items()},
+        default_prompt=default_prompt,
+        keywords={k: tuple(v) for k, v in keywords.items()},
         attributes={k: {str(name): float(w) for name, w in v.items()} for k, v in attributes.items()},
         metric=door.take("metric", dict),
         test_sets={k: folder / v for k, v in door.mapping("test_sets", str).items()},
         dev_sets={k: folder / v for k, v in door.mapping("dev_sets", str, {}).items()},
-        meta_talk=door.strings("meta_talk", []), notes=door.strings("notes", []), _prompts=prompts, _answers=answers)
+        meta_talk=door.strings("meta_talk", []),
+        same_matter=same_matter,
+        notes=door.strings("notes", []),
+        _prompts=prompts,
+        _answers=answers,
+    )
     door.close()
     return task
 
@@ -327,10 +346,12 @@ def _category(door: _Door) -> Category:
     for i, item in enumerate(door.take("legal_basis", list)):
         child = door.child(item, f"legal_basis[{i}]")
         basis = LegalBasis(
-            text=child.take("text", str), source=child.take("source", str),
+            text=child.take("text", str),
+            source=child.take("source", str),
             effective_from=child.take("effective_from", str),
             effective_to=child.take("effective_to", str) if "effective_to" in child.raw else None,
-            note=child.take("note", str) if "note" in child.raw else "")
+            note=child.take("note", str) if "note" in child.raw else "",
+        )
         for field in ("effective_from", "effective_to"):
             date = getattr(basis, field)
             try:
@@ -340,10 +361,18 @@ def _category(door: _Door) -> Category:
         child.close()
         bases.append(basis)
     category = Category(
-        id=door.take("id", str), label=door.take("label", str), name_ja=door.take("name_ja", str),
-        name_en=door.take("name_en", str), kind=door.take("kind", str), definition=door.take("definition", str),
-        includes=door.strings("includes"), excludes=door.strings("excludes"), legal_basis=tuple(bases),
-        required_items=door.strings("required_items"), aliases=door.strings("aliases", []))
+        id=door.take("id", str),
+        label=door.take("label", str),
+        name_ja=door.take("name_ja", str),
+        name_en=door.take("name_en", str),
+        kind=door.take("kind", str),
+        definition=door.take("definition", str),
+        includes=door.strings("includes"),
+        excludes=door.strings("excludes"),
+        legal_basis=tuple(bases),
+        required_items=door.strings("required_items"),
+        aliases=door.strings("aliases", []),
+    )
     if not _ID.fullmatch(category.id):
         door.fail("id", f"is {category.id!r}", "use lower-case letters, digits and underscores")
     if category.id in (INVALID, "compliant"):
@@ -359,14 +388,16 @@ def _category(door: _Door) -> Category:
 def _answers(door: _Door, categories: tuple[Category, ...], compliant: list[str]) -> dict[str, str | None]:
     """Every accepted spelling of an answer -> label id; two labels with one spelling are an error."""
     answers: dict[str, str | None] = {}
-    spellings = [(c.id, f"categories[{i}]", [c.label, c.name_ja, c.name_en, *c.aliases])
-                 for i, c in enumerate(categories)]
+    spellings = [(c.id, f"categories[{i}]", [c.label, c.name_ja, c.name_en, *c.aliases]) for i, c in enumerate(categories)]
     for label_id, field, texts in [*spellings, (None, "compliant", compliant)]:
         for text in texts:
             key = _normalise(text)
             if answers.get(key, label_id) != label_id:
-                door.fail(field, f"shares the spelling {text!r} with {answers[key] or 'compliant'!r}",
-                          "labels, names and aliases must be distinct")
+                door.fail(
+                    field,
+                    f"shares the spelling {text!r} with {answers[key] or 'compliant'!r}",
+                    "labels, names and aliases must be distinct",
+                )
             answers[key] = label_id
     ids = [c.id for c in categories]
     for label_id in ids:
@@ -381,8 +412,11 @@ def _template(door: _Door, field: str, path: pathlib.Path) -> dict[str, str]:
     parts = _SECTION.split(path.read_text(encoding="utf-8"))
     sections = {name: body.strip("\n") for name, body in zip(parts[1::2], parts[2::2], strict=True)}
     if parts[0].strip() or set(sections) not in ({"user"}, {"system", "user"}, {"text"}):
-        door.fail(field, f"({path}) has the sections {sorted(sections)}",
-                  "a prompt is '## user' with an optional '## system' before it, or one '## text'")
+        door.fail(
+            field,
+            f"({path}) has the sections {sorted(sections)}",
+            "a prompt is '## user' with an optional '## system' before it, or one '## text'",
+        )
     return sections
 
 

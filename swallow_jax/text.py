@@ -10,7 +10,8 @@ tokens. The exact method:
 1. Choose a private-use character that occurs in no message and not in the template: the *marker*.
 2. In the content, put the marker behind the first character of each control-token spelling, and of an unfinished one at
    the end of a message (so that two messages written side by side cannot complete it). Ordinary content is untouched.
-3. Render the template in Jinja2's sandbox. What still spells a control token was written by the template.
+3. Render the template in Jinja2's sandbox. What still spells a control token was written by the template (also where it
+   computes one, as by lower-casing content: that is the template's doing).
 4. Cut there, take the markers out, encode the cuts with control tokens off.
 
 A stretch of template and content between two control tokens is thus encoded in one go, as `apply_chat_template` of
@@ -24,6 +25,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -46,35 +48,25 @@ LLAMA3_CHAT_TEMPLATE = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-SPECIAL_TOKENS = (  # of a vocabulary trained here, in the order of their ids
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|pad|>",
+# Of a vocabulary trained here, in the order of their ids.
+# fmt: off
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>",
 )
+# fmt: on
 
 # Llama 3's pre-tokenisation and its 256 special tokens: llama_models/llama3/tokenizer.py.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# fmt: off
 _LLAMA3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 )
+# fmt: on
 _LLAMA3_RANKS = 128_000
 
 # One alternative a script, so that no merge crosses from kanji into kana: in Japanese a change of script is mostly a
@@ -91,17 +83,13 @@ _SCRIPT_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_COMPANIONS = (  # everything beside the weights that says how text becomes tokens and where generation ends
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+# Everything beside the weights that says how text becomes tokens and where generation ends.
+# fmt: off
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )
+# fmt: on
 
 
 class Tokenizer:
@@ -126,7 +114,7 @@ class Tokenizer:
         self.bos_id: int | None = bos
         ends = (*settings.eos_ids, eos, self._end_of_turn_id())
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-        known = (i for i in (pad, settings.pad_id, *self.eos_ids, 0) if i is not None)
+        known = (i for i in (pad, settings.pad_id, *self.eos_ids, 0) if i is not None and i >= 0)
         self.pad_id: int = next(known)
 
     def __reduce__(self):  # worker processes read the file again: compiled templates do not travel
@@ -138,7 +126,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Ids of `text`, in which nothing is a control token. `add_bos` puts bos_id first where there is one."""
-        ids, _ = self._encode_ordinary(text)
+        _check_text(text)
+        ids, _ = self._encode_ordinary(text, False)
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -188,14 +177,12 @@ class Tokenizer:
             head = self._render(marked[:turn], True, marker)
             upto = whole if turn == last else self._render(marked[: turn + 1], False, marker)
             if not (upto.startswith(head) and whole.startswith(upto)):
-                remedy = (
-                    "the content of the turn is changed after its header"
-                    if turn == last
-                    else "train on its last turn only (train_on='last'), one sample a turn"
-                )
                 raise ValueError(
-                    f"the chat template rewrites turn {turn} of {len(messages)} once others follow, so that the model "
-                    f"would be trained on what it never sees: {remedy}, or use another template"
+                    f"the chat template renders turn {turn} of {len(messages)} with another beginning than its prompt has, "
+                    "which the model never sees: use a template whose generation prompt opens the turn as it stands"
+                    if turn == last
+                    else f"the chat template rewrites turn {turn} of {len(messages)} once others follow, so that it would "
+                    "be trained as the model never sees it: train on the last turn only (train_on='last'), one sample a turn"
                 )
             spans.append((len(head), len(head) + self._target_length(upto[len(head) :])))
         # Token ends count no markers, so neither may the spans.
@@ -228,12 +215,14 @@ class Tokenizer:
         # Every start of a spelling is broken, also one inside another spelling, so matches are searched with overlap.
         cuts, at = set(), 0
         while found := self._control_pattern.search(text, at):
+            if len(found[0]) == 1:
+                raise ValueError(f"the control token {found[0]!r} is one character and cannot stand in content: drop it")
             cuts.add(at := found.start() + 1)
         longest = max(map(len, self._backend.controls), default=0)
         tail = range(max(0, len(text) - longest), len(text))
         cuts.update(i + 1 for i in tail if text[i:] in self._unfinished and not text[i].isspace())
         bounds = [0, *sorted(cuts), len(text)]
-        return marker.join(text[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+        return marker.join(text[a:b] for a, b in itertools.pairwise(bounds))
 
     def _mark(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[dict], str]:
         for turn, message in enumerate(messages):
@@ -243,6 +232,7 @@ class Tokenizer:
                 )
             if message["role"] not in ROLES:
                 raise ValueError(f"message {turn} has the unknown role {message['role']!r}: use one of {', '.join(ROLES)}")
+            _check_text(message["content"])
         taken = "".join(message["content"] for message in messages) + (self.chat_template or "")
         private = map(chr, range(0x10FFFD, 0xEFFFF, -1))
         marker = next((c for c in private if c not in taken), None)
@@ -250,14 +240,8 @@ class Tokenizer:
             raise ValueError("the messages use every private-use character there is: drop this dialogue")
         return [{"role": m["role"], "content": self._break_controls(m["content"], marker)} for m in messages], marker
 
-    def _encode_ordinary(self, text: str) -> tuple[list[int], list[int]]:
-        if not isinstance(text, str):
-            raise ValueError(f"text to encode must be a string, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text has half a surrogate pair at character {error.start}: repair or drop it") from None
-        ids, ends = self._backend.encode(text, controls=False)
+    def _encode_ordinary(self, text: str, spans: bool) -> tuple[list[int], list[int]]:
+        ids, ends = self._backend.encode(text, controls=False, spans=spans)
         leaked = self.special_ids.intersection(ids) - {self._backend.unknown_id}
         if leaked:  # a vocabulary that lists control tokens among its ordinary pieces
             raise ValueError(
@@ -269,12 +253,12 @@ class Tokenizer:
     def _encode_rendered(self, text: str, marker: str) -> tuple[list[int], list[int]]:
         """Ids, and the character (markers not counted) at which each token ends."""
         if marker not in text and self._backend.reads_controls:
-            return self._backend.encode(text, controls=True)
+            return self._backend.encode(text, controls=True, spans=True)
         ids, ends, done, at = [], [], 0, 0
         for found in (*self._control_pattern.finditer(text), None):
             ordinary = text[at : found.start() if found else len(text)].replace(marker, "")
             if ordinary:
-                piece_ids, piece_ends = self._encode_ordinary(ordinary)
+                piece_ids, piece_ends = self._encode_ordinary(ordinary, True)
                 ids += piece_ids
                 ends += [done + end for end in piece_ends]
                 done += len(ordinary)
@@ -298,11 +282,7 @@ class Tokenizer:
 
         try:
             return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokens,
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._tokens
             )
         except (jinja2.TemplateError, TypeError) as error:
             reason = str(error).replace(marker, "")
@@ -319,11 +299,20 @@ class Tokenizer:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             head = self._render(probe[:1], True, "")
-            turn = self._render(probe, False, "")[len(head) :]
+            whole = self._render(probe, False, "")
         except ValueError:  # a template that wants another dialogue says so when it is used
             return None
-        *_, end = (None, *self._control_pattern.findall(turn))
-        return self._backend.controls.get(end)
+        written = self._control_pattern.findall(whole[len(head) :]) if whole.startswith(head) else []
+        return self._backend.controls[written[-1]] if written else None
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"text to encode must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text has half a surrogate pair at character {error.start}: repair or drop it") from None
 
 
 def _short(value) -> str:
@@ -338,7 +327,7 @@ def _compile_template(source: str, date: datetime.datetime):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):  # {% generation %} marks assistant text for HF; here it only groups
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -362,13 +351,15 @@ def _compile_template(source: str, date: datetime.datetime):
 
 
 # The three kinds of vocabulary. Each has `size`, `controls` (spelling -> id), `unknown_id`, `tokens` (what bos_token
-# etc. are where no file says so), `encode(text, controls) -> (ids, ends)` and `decode(ids)` of ordinary ids. `ends` are
-# the characters by whose beginning each token ends: the byte pieces of one character have the same end.
+# etc. are where no file says so), `eos`, `encode -> (ids, ends)` and `decode` of ordinary ids. `ends`, made where
+# `spans` are asked for, are the characters begun when a token ends: the bytes of one character share their end.
+# Where it `reads_controls`, a rendered text without markers goes through it whole, as transformers does it: then also
+# what an added token does to its neighbours (lstrip, rstrip, the prefix space of the first word) is the library's.
 
 
 class _HuggingFace:
     reads_controls = True
-    tokens, eos = {}, ()
+    eos = ()
 
     def __init__(self, path: Path, settings: "_Settings"):
         import tokenizers
@@ -377,6 +368,7 @@ class _HuggingFace:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from None
+        self.tokens: dict[str, str] = {}
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.post_processor = tokenizers.processors.Sequence([])  # no BOS; whole offsets
@@ -391,11 +383,11 @@ class _HuggingFace:
         self.unknown_id = self.controls.get(settings.tokens.get("unk_token"))
         self._lock = threading.Lock()
 
-    def encode(self, text: str, controls: bool) -> tuple[list[int], list[int]]:
+    def encode(self, text: str, *, controls: bool, spans: bool) -> tuple[list[int], list[int]]:
         with self._lock:
             self._tokenizer.encode_special_tokens = not controls  # True: read them as ordinary text
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+        return encoding.ids, [end for _, end in encoding.offsets] if spans else []
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -436,10 +428,15 @@ class _SentencePiece:
         named_ids |= {"pad_token": self._model.pad_id(), "unk_token": self.unknown_id}
         self.tokens = {name: proto.pieces[i].piece for name, i in named_ids.items() if i >= 0}
 
-    def encode(self, text: str, controls: bool) -> tuple[list[int], list[int]]:
-        pieces = self._model.encode(text, out_type="immutable_proto").pieces
-        ends = [piece.end for piece in pieces]
-        for i in reversed(range(len(ends) - 1)):  # of the bytes of a character only the last has a surface
+    def encode(self, text: str, *, controls: bool, spans: bool) -> tuple[list[int], list[int]]:
+        if not spans:
+            return self._model.encode(text), []
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText
+
+        pieces = SentencePieceText.FromString(self._model.encode(text, out_type="serialized_proto")).pieces
+        begun = [0, *itertools.accumulate(byte & 0xC0 != 0x80 for byte in text.encode())]  # characters, by byte
+        ends = [begun[piece.end] for piece in pieces]
+        for i in reversed(range(len(ends) - 1)):  # of the bytes of a character only the last has an extent
             if pieces[i].begin == pieces[i].end:
                 ends[i] = ends[i + 1]
         return [piece.id for piece in pieces], ends
@@ -452,17 +449,14 @@ class _Tiktoken:
     """Llama 3's ranks file; the special tokens, which it does not list, follow the ranks."""
 
     reads_controls = False
-    tokens = {
-        "bos_token": "<|begin_of_text|>",
-        "eos_token": "<|end_of_text|>",
-        "pad_token": "<|finetune_right_pad_id|>",
-    }
     eos = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     unknown_id = None
 
     def __init__(self, path: Path, settings: "_Settings"):
         import tiktoken
 
+        self.tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        self.tokens["pad_token"] = "<|finetune_right_pad_id|>"
         ranks = {}
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
@@ -479,13 +473,12 @@ class _Tiktoken:
         self.size = len(ranks) + len(self.controls)
         self._encoding = tiktoken.Encoding(path.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self.controls)
 
-    def encode(self, text: str, controls: bool) -> tuple[list[int], list[int]]:
+    def encode(self, text: str, *, controls: bool, spans: bool) -> tuple[list[int], list[int]]:
         ids = [i for part in _tiktoken_parts(text) for i in self._encoding.encode_ordinary(part)]
-        ends, end = [], 0
-        for token in self._encoding.decode_tokens_bytes(ids):
-            end += sum(byte & 0xC0 != 0x80 for byte in token)
-            ends.append(end)
-        return ids, ends
+        if not spans:
+            return ids, []
+        tokens = self._encoding.decode_tokens_bytes(ids)
+        return ids, list(itertools.accumulate(sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens))
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids, errors="replace")
@@ -547,16 +540,16 @@ def _vocabulary_file(path: Path) -> Path:
 def _open(path: Path, given_template: str | None):
     with open(path, "rb") as file:
         head = file.read(4096).lstrip()
+    if head[:4] == b"GGUF":
+        raise ValueError(
+            f"{path} holds its tokenizer inside: save it as a folder first, with transformers' "
+            "AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)"
+        )
     is_ranks = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", head)
     backend_class = _HuggingFace if head[:1] == b"{" else _Tiktoken if is_ranks else _SentencePiece
     config, named, generation, model = (
         _read_json(path.parent / name)
-        for name in (
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "generation_config.json",
-            "config.json",
-        )
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
     )
     tokens = {
         name: token["content"] if isinstance(token, dict) else token
@@ -569,10 +562,7 @@ def _open(path: Path, given_template: str | None):
         tokens=tokens,
         special=frozenset(token["content"] for token in extra if token.get("special")),
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        pad_id=next(
-            (c["pad_token_id"] for c in (generation, model) if c.get("pad_token_id") is not None),
-            None,
-        ),
+        pad_id=next((c["pad_token_id"] for c in (generation, model) if c.get("pad_token_id") is not None), None),
         chat_template=given_template or _read_template(path.parent, config),
     )
     if backend_class is _Tiktoken and settings.chat_template is None:
@@ -605,8 +595,9 @@ def _read_template(folder: Path, config: dict) -> str | None:
 
 def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> list[str]:
     """Copies the tokenizer, chat template and generation files of a folder (or beside a file); returns their names."""
-    folder = _vocabulary_file(Path(source)).parent
-    models = {file.name for file in folder.glob("*.model")}
+    vocabulary = _vocabulary_file(Path(source))
+    folder = vocabulary.parent
+    models = {vocabulary.name, *(file.name for file in folder.glob("*.model"))} - set(_COMPANIONS)
     names = [name for name in (*_COMPANIONS, *sorted(models)) if (folder / name).is_file()]
     if folder.resolve() != Path(target).resolve():
         for name in names:
@@ -628,15 +619,8 @@ def train_bpe(
     any text can be written; then merges. The same texts give the same files. A small corpus may give fewer tokens
     than vocab_size. transformers' AutoTokenizer reads the folder, and puts BOS before a text as Llama 3's does.
     """
-    from tokenizers import (
-        Regex,
-        Tokenizer as Trained,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Trained
 
     special_tokens = list(special_tokens)
     if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
@@ -658,11 +642,7 @@ def train_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    roles = {
-        "bos_token": "<|begin_of_text|>",
-        "eos_token": "<|end_of_text|>",
-        "pad_token": "<|pad|>",
-    }
+    roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}
     roles = {name: token for name, token in roles.items() if token in special_tokens}
     steps = [processors.ByteLevel(trim_offsets=False)]
     if bos := roles.get("bos_token"):

@@ -35,12 +35,15 @@ class TrainConfig:
 
     steps: int
     micro_batches: int  # gradient accumulation: the batch is split into this many parts
-    loss_chunk: int  # tokens whose logits exist at once; 0: all of them
+    loss_chunk: int  # positions of each row whose logits exist at once; 0: all of them
+    targets_per_row: int  # most targets a row can have (SFT counts them while packing); 0: any position may be one
     eval_every: int  # steps between held-out losses
     log_every: int  # steps between progress lines
 
 
-def loss_sums(params: Params, config: LlamaConfig, compute: Compute, batch: Batch, chunk: int) -> tuple[jax.Array, jax.Array]:
+def loss_sums(
+    params: Params, config: LlamaConfig, compute: Compute, train: TrainConfig, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted next-token cross-entropies in nats, sum of weights), both float32 scalars.
 
     The last token of a document predicts nothing: a target counts only when it lies in its query's segment.
@@ -50,27 +53,32 @@ def loss_sums(params: Params, config: LlamaConfig, compute: Compute, batch: Batc
     )
     tokens, segments = batch["tokens"], batch["segments"]
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    weights = jnp.where(same, batch["weights"][:, 1:].astype(jnp.float32), 0.0)
+    weights_BT = jnp.where(same, batch["weights"][:, 1:].astype(jnp.float32), 0.0)
     # The last column has no target; it stays, with weight 0, so that shapes keep their powers of two.
-    weights = jnp.pad(weights, ((0, 0), (0, 1))).reshape(-1)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
-    hidden = hidden_BTD.reshape(-1, config.hidden_size)
+    weights_BT = jnp.pad(weights_BT, ((0, 0), (0, 1)))
+    targets_BT = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    columns = (hidden_BTD, targets_BT, weights_BT)
+    if train.targets_per_row:
+        # Only positions with a target need the head: in SFT a few per cent of them.
+        _, index = jax.lax.top_k((weights_BT > 0).astype(jnp.int32), train.targets_per_row)
+        columns = jax.tree.map(lambda x: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1), columns)
 
     def cross_entropy(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         scores = llama.logits(params, config, hidden)
-        losses = jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        losses = jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(losses * weights)
 
-    count = hidden.shape[0]
-    if not chunk or chunk >= count:
-        return cross_entropy(hidden, targets, weights), jnp.sum(weights)
-    if count % chunk:
-        raise ValueError(f"train.loss_chunk={chunk} does not divide {count} tokens of a micro-batch")
-    parts = jax.tree.map(lambda x: x.reshape(count // chunk, chunk, *x.shape[1:]), (hidden, targets, weights))
+    length, chunk = columns[1].shape[1], train.loss_chunk
+    if not chunk or chunk >= length:
+        return cross_entropy(*columns), jnp.sum(weights_BT)
+    if length % chunk:
+        raise ValueError(f"train.loss_chunk={chunk} does not divide rows of {length} positions")
+    # Chunks run along T, so that each keeps rows of every data shard.
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 0, 1), columns)
     total, _ = jax.lax.scan(
         lambda total, part: (total + jax.checkpoint(cross_entropy)(*part), None), jnp.zeros((), jnp.float32), parts
     )
-    return total, jnp.sum(weights)
+    return total, jnp.sum(weights_BT)
 
 
 def train_step(
@@ -78,7 +86,7 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimiser step; metrics `loss` (nats a target), `grad_norm`, `update_norm`, `targets`, `tokens`."""
     objective = jax.value_and_grad(
-        lambda params, part: loss_sums(params, config, compute, part, train.loss_chunk), has_aux=True
+        lambda params, part: loss_sums(params, config, compute, train, part), has_aux=True
     )
     params = state["params"]
     if train.micro_batches == 1:
@@ -150,7 +158,7 @@ def fit(
         step_fn = jax.jit(
             functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer), donate_argnums=0
         )
-        eval_fn = jax.jit(lambda params, batch: loss_sums(params, config, compute, batch, train.loss_chunk))
+        eval_fn = jax.jit(lambda params, batch: loss_sums(params, config, compute, train, batch))
         metrics = Metrics(run.folder / "metrics.jsonl", from_step=first)
         progress = _Progress(first, train.steps, train.log_every)
         peak = meshes.peak_flops(compute.dtype)

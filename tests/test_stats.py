@@ -34,8 +34,7 @@ def test_wilson_covers_95_percent_at_344():
     interval = np.array([stats.wilson(k, 344) for k in range(345)])
     k = np.arange(345)
     coverages = [
-        reference.binom.pmf(k, 344, p)[(interval[:, 0] <= p) & (p <= interval[:, 1])].sum()
-        for p in np.linspace(0.05, 0.95, 181)
+        reference.binom.pmf(k, 344, p)[(interval[:, 0] <= p) & (p <= interval[:, 1])].sum() for p in np.linspace(0.05, 0.95, 181)
     ]
     assert abs(np.mean(coverages) - 0.95) < 0.01
 

@@ -32,10 +32,11 @@ def get_config() -> ConfigDict:
         {
             "vocab_size": 4096,
             "texts": (
-                "configs/domains/demo_finance_ja/**/*.jsonl",
-                "configs/tasks/insurance_sales_compliance/banks/*.jsonl",
+                "configs/domains/demo_finance_ja/*.jsonl",
+                "configs/domains/demo_talks_ja/*.jsonl",
+                "configs/tasks/insurance_sales_compliance/banks/neutral.jsonl",
             ),
-            "repeat": 4,
+            "repeat": 8,  # the manuals are far longer
         }
     )
     c.pack = ConfigDict({"row_length": 512, "rows_per_shard": 65536, "heldout_share": 0.02})

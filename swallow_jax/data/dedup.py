@@ -5,10 +5,12 @@ probability 1 - (1 - s^rows)^bands), clusters by union-find. Comparison ignores 
 """
 
 import dataclasses
+import functools
 import hashlib
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +59,12 @@ def signatures(texts: Iterable[str], *, num_perm: int, seed: int) -> np.ndarray:
     import rensa
 
     # Sorted: a set's order differs between processes, a signature must not.
-    rows = rensa.RMinHash.digest_matrix_from_token_sets([sorted(shingles(text)) for text in texts], num_perm, seed)
-    return np.array(rows.to_rows(), np.uint32).reshape(-1, num_perm)
+    sets = [sorted(shingles(text)) for text in texts]
+    parts = [np.zeros((0, num_perm), np.uint32)]
+    for first in range(0, len(sets), 1024):  # rensa hands out Python integers: few at a time
+        matrix = rensa.RMinHash.digest_matrix_from_token_sets(sets[first : first + 1024], num_perm, seed)
+        parts.append(np.array(matrix.to_rows(), np.uint32))
+    return np.concatenate(parts)
 
 
 def near_duplicates(texts: Sequence[str], *, bands: int, rows: int, seed: int) -> list[int]:
@@ -73,9 +79,8 @@ def near_duplicates(texts: Sequence[str], *, bands: int, rows: int, seed: int) -
     for group in _buckets(signatures(texts, num_perm=bands * rows, seed=seed), bands):
         first = root(group[0])
         for i in group[1:]:
-            a, b = sorted((first, root(i)))
-            parent[b] = a  # the smaller index stays the root
-            first = a
+            first, other = sorted((first, root(i)))
+            parent[other] = first  # the smaller index stays the root
     return [root(i) for i in range(len(texts))]
 
 
@@ -108,8 +113,10 @@ def ngram_hits(train_texts: Iterable[str], protected_texts: Sequence[str], n: in
     """
     owners: dict[str, list[int]] = defaultdict(list)
     for number, text in enumerate(protected_texts):
-        for gram in _ngrams(canonical(text), n):
+        text = canonical(text)
+        for gram in {text[i : i + n] for i in range(len(text) - n + 1)}:
             owners[gram].append(number)
+    similarity = _Similarity(protected_texts)
     hits = []
     for number, text in enumerate(train_texts):
         own = canonical(text)
@@ -117,14 +124,9 @@ def ngram_hits(train_texts: Iterable[str], protected_texts: Sequence[str], n: in
         for i in range(len(own) - n + 1):
             for protected in owners.get(own[i : i + n], ()):
                 shared.setdefault(protected, own[i : i + n])
-        for protected in sorted(shared):
-            similarity = jaccard(shingles(text), shingles(protected_texts[protected]))
-            hits.append(Hit(train=number, protected=protected, overlap=shared[protected], jaccard=similarity))
+        for protected, gram in sorted(shared.items()):
+            hits.append(Hit(train=number, protected=protected, overlap=gram, jaccard=similarity(text, protected)))
     return hits
-
-
-def _ngrams(text: str, n: int) -> set[str]:
-    return {text[i : i + n] for i in range(len(text) - n + 1)}
 
 
 def near_hits(
@@ -136,22 +138,63 @@ def near_hits(
     rows: int = 2,
     seed: int = 0,
 ) -> list[Hit]:
-    """Pairs whose 5-gram Jaccard similarity is at least `threshold`.
+    """Pairs whose 5-gram Jaccard similarity is at least `threshold`, ordered by training text.
 
     MinHash only proposes pairs, the similarity is then computed exactly; bands and rows are set for recall (a pair of
-    similarity 0.5 is missed once in 10^8, one of 0.3 once in 400). Give texts of comparable length: paragraphs against utterances.
+    similarity 0.5 is missed once in 10^8, one of 0.3 once in 400). Give texts of comparable length: paragraphs against
+    utterances.
     """
     texts = [*protected_texts, *train_texts]
-    protected_count = len(protected_texts)
     proposed: set[tuple[int, int]] = set()
     for group in _buckets(signatures(texts, num_perm=bands * rows, seed=seed), bands):
-        protected = [i for i in group if i < protected_count]
-        if protected:
-            train = [i - protected_count for i in group if i >= protected_count]
-            proposed.update((t, p) for t in train for p in protected)
-    hits = []
-    for train, protected in sorted(proposed):
-        similarity = jaccard(shingles(train_texts[train]), shingles(protected_texts[protected]))
-        if similarity >= threshold:
-            hits.append(Hit(train=train, protected=protected, overlap="", jaccard=similarity))
-    return hits
+        protected = [i for i in group if i < len(protected_texts)]
+        train = [i - len(protected_texts) for i in group[len(protected) :]]
+        proposed.update((t, p) for t in train for p in protected)
+    similarity = _Similarity(protected_texts)
+    hits = (
+        Hit(train=train, protected=protected, overlap="", jaccard=similarity(train_texts[train], protected))
+        for train, protected in sorted(proposed)
+    )
+    return [hit for hit in hits if hit.jaccard >= threshold]
+
+
+class _Similarity:
+    """Jaccard similarity of a text and protected text number i; each set of shingles is made once."""
+
+    def __init__(self, protected_texts: Sequence[str]):
+        self._protected = functools.lru_cache(maxsize=None)(lambda i: shingles(protected_texts[i]))
+        self._text, self._shingles = "", set()
+
+    def __call__(self, text: str, protected: int) -> float:
+        if text != self._text:
+            self._text, self._shingles = text, shingles(text)
+        return jaccard(self._shingles, self._protected(protected))
+
+
+def leaks(texts: Sequence[str], utterances: Sequence[str], *, ngram: int, threshold: float) -> list[Hit]:
+    """Both tests on whole documents: n-grams anywhere, near duplicates line by line. `train` counts documents."""
+    owners = [number for number, text in enumerate(texts) for _ in text.split("\n")]
+    lines = [line for text in texts for line in text.split("\n")]
+    near = near_hits(lines, utterances, threshold=threshold)
+    return ngram_hits(texts, utterances, n=ngram) + [dataclasses.replace(hit, train=owners[hit.train]) for hit in near]
+
+
+def protected_utterances(conversations: Iterable[Mapping[str, Any]], which: str) -> list[dict[str, Any]]:
+    """What no training text may carry: [{"conversation_id", "turn", "text"}].
+
+    which: 'turns', every turn of every conversation; 'evidence', the turns that carry evidence of a violation and the turns
+    at their place in the compliant twin (same `pair_id`).
+    """
+    if which not in ("turns", "evidence"):
+        raise ValueError(f"unknown choice of protected utterances {which!r}; use 'turns' or 'evidence'")
+    conversations = list(conversations)
+    pairs = [row.get("pair_id") or row["conversation_id"] for row in conversations]
+    guilty: dict[str, set[int]] = defaultdict(set)
+    for pair, row in zip(pairs, conversations, strict=True):
+        guilty[pair].update(item["turn"] for item in row.get("evidence", ()))
+    return [
+        {"conversation_id": row["conversation_id"], "turn": number, "text": turn["text"]}
+        for pair, row in zip(pairs, conversations, strict=True)
+        for number, turn in enumerate(row["turns"])
+        if which == "turns" or number in guilty[pair]
+    ]

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from swallow_jax.data import filters
+
 TRAINING = "training"  # the allowed use that every source must state
 
 _TEXT = (".txt", ".md")
@@ -124,10 +126,13 @@ def _decode_html(data: bytes, path: Path) -> str:
 
 # HTML
 
-_DROPPED = frozenset("script style nav header footer aside noscript button select svg head template iframe".split())
+_DROPPED = frozenset(
+    ("script", "style", "nav", "header", "footer", "aside", "noscript", "button", "select", "svg", "head", "template", "iframe")
+)
 _BLOCKS = frozenset(
-    "p div br h1 h2 h3 h4 h5 h6 li ul ol dl dt dd table tr thead tbody td th caption pre blockquote section article main "
-    "body figure figcaption hr form fieldset details summary address".split()
+    ("p", "div", "br", "h1", "h2", "h3", "h4", "h5", "h6", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "thead", "tbody")
+    + ("td", "th", "caption", "pre", "blockquote", "section", "article", "main", "body", "figure", "figcaption", "hr", "form")
+    + ("fieldset", "details", "summary", "address")
 )
 _JAPANESE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
 _JOIN = re.compile(rf"(?<=[{_JAPANESE}])[ \t\r\n]*\n[ \t\r\n]*(?=[{_JAPANESE}])")
@@ -144,6 +149,8 @@ class _TextOf(html.parser.HTMLParser):
         self._pre = 0
 
     def handle_starttag(self, tag, attrs):
+        if tag == "body":
+            self._dropped.clear()  # </head> may be left out
         if tag in _DROPPED:
             self._dropped.append(tag)
         elif tag in _BLOCKS:
@@ -158,15 +165,13 @@ class _TextOf(html.parser.HTMLParser):
         elif tag in _BLOCKS:
             self._break()
             self._pre -= tag == "pre" and self._pre > 0
-        if tag == "body":
-            self._dropped.clear()
 
     def handle_startendtag(self, tag, attrs):
         if tag in _BLOCKS:
             self._break()
 
     def handle_data(self, data):
-        if not self._dropped:
+        if not self._dropped and data != "¶":  # Sphinx's link to a heading
             self._parts.append(data)
 
     def _break(self):
@@ -196,7 +201,7 @@ def html_text(page: str) -> str:
 _FONTS = re.compile(r"[.'](?:B|I|R|BR|BI|RB|RI|IR|IB|SM|SB)\s+(.*)")
 _HEADS = re.compile(r"[.'](?:SH|SS|Sh|Ss)\s+(.*)")
 _ESCAPES = (
-    (re.compile(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^,/:%)!]|\\\*\(..|\\\*.|\\\".*"), ""),
+    (re.compile(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^,/:%)!c]|\\\*\(..|\\\*.|\\\".*"), ""),
     (re.compile(r"\\\(bu|\\\[bu\]"), "・"),
     (re.compile(r"\\\(em|\\\(en|\\\[e[mn]\]"), "-"),
     (re.compile(r"\\\((?:[lr]q|aq|dq)|\\\[(?:[lr]q|aq|dq)\]"), '"'),
@@ -273,11 +278,11 @@ class Source:
         return files
 
     def read(self, file: Path, folder: Path, root: Path) -> Iterator[dict[str, Any]]:
-        """Documents of one file, with this source's id, licence and sector."""
+        """Documents of one file, with this source's id; its licence, sector, url and time where a row has none of its own."""
         name = file.relative_to(folder if self.path else root).as_posix()
         for document in read_file(file, name=name, source=self.id, licence=self.licence):
-            document |= {"source": self.id, "sector": self.sector}
-            for field in ("url", "retrieved_at"):
+            document["source"] = self.id
+            for field in ("sector", "url", "retrieved_at"):
                 if getattr(self, field):
                     document.setdefault(field, getattr(self, field))
             yield document
@@ -290,7 +295,7 @@ class Domain:
     id: str
     folder: Path
     sources: tuple[Source, ...]
-    profiles: Mapping[str, Mapping[str, Any]]
+    profiles: Mapping[str, Mapping[str, filters.Rules]]
     replay_share: float
     seed_words: tuple[str, ...]
 
@@ -311,9 +316,7 @@ def load_domain(folder: str | Path) -> Domain:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or set(content) != _DOMAIN_FIELDS:
         given = set(content) if isinstance(content, dict) else set()
-        raise ValueError(
-            f"{path}: missing {sorted(_DOMAIN_FIELDS - given)}, unknown {sorted(given - _DOMAIN_FIELDS)}"
-        )
+        raise ValueError(f"{path}: missing {sorted(_DOMAIN_FIELDS - given)}, unknown {sorted(given - _DOMAIN_FIELDS)}")
     sources = tuple(_source(row, f"{path}: source {n}", content["profiles"]) for n, row in enumerate(content["sources"]))
     ids = [source.id for source in sources]
     if len(set(ids)) < len(ids):
@@ -322,7 +325,7 @@ def load_domain(folder: str | Path) -> Domain:
         id=content["id"],
         folder=Path(folder),
         sources=sources,
-        profiles=content["profiles"],
+        profiles=filters.check_profiles(content["profiles"], f"{path}: profiles"),
         replay_share=float(content["replay_share"]),
         seed_words=tuple(content["seed_words"]),
     )

@@ -9,14 +9,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # Normalisation
 
-# NFKC would turn ①保険金額 into 1保険金額, 10² into 102, 1.5%～2.0% into 1.5%~2.0%, and 3½ into 31⁄2.
+# NFKC would turn ①保険金額 into 1保険金額, 10² into 102, 1.5%～2.0% into 1.5%~2.0%, and 3½ into 31⁄2. The punctuation of
+# Japanese sentences stays full-width, as in the dialogues that the model meets later.
 _PROTECTED = re.compile(
     "(["
-    "\uff5e"  # ～
+    "\uff5e！？（）：；"  # ～
     "\u2460-\u2473\u24ea\u3251-\u325f\u32b1-\u32bf\u2776-\u277f"  # circled numbers
     "\u00bc-\u00be\u2150-\u215f\u2189"  # fractions
     "\u00b2\u00b3\u00b9\u2070-\u209c"  # superscripts and subscripts
@@ -25,6 +26,7 @@ _PROTECTED = re.compile(
 _JAPANESE = "\u3005-\u3007\u3041-\u30ff\u3400-\u9fff"
 _COMMA = re.compile(rf"(?<=[{_JAPANESE}])，")
 _PERIOD = re.compile(rf"(?<=[{_JAPANESE}])．")
+_SPACE = re.compile(rf"(?<=[、。，．]) +(?=[{_JAPANESE}])")  # left by line breaks in sources; Japanese puts none there
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffe]")
 _BLANKS = re.compile(r"[ \t]*\n[ \t\n]*")
 
@@ -36,7 +38,8 @@ def normalise(text: str) -> tuple[str, Counter]:
     """
     counts: Counter = Counter()
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    for name, pattern, to in (("comma", _COMMA, "、"), ("period", _PERIOD, "。"), ("control", _CONTROL, "")):
+    rules = (("control", _CONTROL, ""), ("space", _SPACE, ""), ("comma", _COMMA, "、"), ("period", _PERIOD, "。"))
+    for name, pattern, to in rules:
         text, counts[name] = pattern.subn(to, text)
     parts = _PROTECTED.split(text)  # odd ones are protected
     for i, part in enumerate(parts):
@@ -255,3 +258,32 @@ def keep_paragraphs(text: str, rules: Rules) -> tuple[str, Counter]:
         else:
             kept.append(line)
     return "\n".join(kept), reasons
+
+
+class Cleaned(NamedTuple):
+    """A document after normalising and paragraph rules, with every verdict of the document rules beside it."""
+
+    text: str
+    verdicts: dict[str, dict[str, Any]]
+    reasons: list[str]  # against keeping it
+    rewrites: Counter  # kind -> characters
+    removed: Counter  # paragraph rule -> lines
+
+
+def clean(text: str, profile: Mapping[str, Rules]) -> Cleaned:
+    """All that can be said of one document alone. `profile` holds rules for 'paragraph' and 'document'."""
+    text, rewrites = normalise(text)
+    text, removed = keep_paragraphs(text, profile["paragraph"])
+    verdicts = annotate(text, profile["document"])
+    return Cleaned(text, verdicts, failed(verdicts) if text else ["empty"], rewrites, removed)
+
+
+def check_profiles(profiles: Mapping[str, Any], where: str) -> dict[str, dict[str, Rules]]:
+    """Profiles of a domain, checked: {name: {"paragraph": rules, "document": rules}}."""
+    for name, body in profiles.items():
+        if not isinstance(body, Mapping) or set(body) != {"paragraph", "document"}:
+            raise ValueError(f"{where}.{name}: a profile has rules for paragraph and for document (each may be {{}})")
+    return {
+        name: {part: check_rules(rules, f"{where}.{name}.{part}") for part, rules in body.items()}
+        for name, body in profiles.items()
+    }

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,22 @@ class ShardWriter:
         os.replace(self._partial, self.folder)
 
 
+def hold_out(keys: Sequence[str], *, share: float, seed: int) -> list[bool]:
+    """Which items are held out: those whose keys have the smallest hashes; equal keys stay together.
+
+    At least one key is held out and one is not, where 0 < share < 1.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the held-out share {share} must lie in [0, 1)")
+    if not share:
+        return [False] * len(keys)
+    ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    if len(ranked) < 2:
+        raise ValueError("a single document cannot be split into train and heldout; set the held-out share to 0")
+    held = set(ranked[: min(len(ranked) - 1, max(1, round(share * len(ranked))))])
+    return [key in held for key in keys]
+
+
 class Shards:
     """Random access to the rows of a finished folder: `shards[i]` -> Row."""
 
@@ -168,8 +184,7 @@ def read_index(folder: str | Path) -> dict:
         raise ValueError(f"{path} is damaged ({error}); prepare the shards again") from error
     if index.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {index.get('format_version')}, this code reads {FORMAT_VERSION}; "
-            "prepare the shards again"
+            f"{path} has format_version {index.get('format_version')}, this code reads {FORMAT_VERSION}; prepare the shards again"
         )
     return index
 
@@ -186,9 +201,7 @@ def open_shards(folder: str | Path, *, verify_sha256: bool = False) -> Shards:
             expected = rows * index["row_length"] * np.dtype(dtype).itemsize
             size = path.stat().st_size if path.exists() else None
             if size != expected:
-                raise ValueError(
-                    f"{path} has {size} bytes, its index says {expected}: truncated or missing; prepare it again"
-                )
+                raise ValueError(f"{path} has {size} bytes, its index says {expected}: truncated or missing; prepare it again")
             if verify_sha256:
                 with path.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()

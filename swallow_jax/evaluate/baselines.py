@@ -6,6 +6,7 @@ chosen is learnt on the training conversations, never on the test set.
 
 import collections
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,11 +75,11 @@ def ngrams(task: Any, training: Sequence[Conversation], *, settings: NgramSettin
     vectoriser = TfidfVectorizer(analyzer="char", ngram_range=(settings.shortest, settings.longest),
                                  min_df=settings.min_documents, sublinear_tf=True)  # fmt: skip
     model = LogisticRegression(C=settings.inverse_regularisation, max_iter=settings.max_iterations, random_state=seed)
-    model.fit(vectoriser.fit_transform(map(_text, training)), golds)
+    model.fit(vectoriser.fit_transform(task.transcript(c["turns"]) for c in training), golds)
     ids = runner.label_ids(task)
 
     def predict(conversations: Sequence[Conversation]) -> list[Verdict]:
-        probs_IC = model.predict_proba(vectoriser.transform(map(_text, conversations)))
+        probs_IC = model.predict_proba(vectoriser.transform(task.transcript(c["turns"]) for c in conversations))
         verdicts = []
         for probs_C in probs_IC:
             probs = dict.fromkeys(ids, 0.0) | dict(zip(model.classes_.tolist(), probs_C.tolist(), strict=True))
@@ -93,16 +94,14 @@ def ngrams(task: Any, training: Sequence[Conversation], *, settings: NgramSettin
 
 def evaluate(
     baseline: Baseline, conversations: Sequence[Conversation], *, model: str, test_set: str, seed: int, out: runner.PredictionLog
-) -> int:
-    """Append the rows this baseline has not given yet, in the same form as a model's; returns how many were new."""
+) -> dict[str, Any]:
+    """Append the rows this baseline has not given yet, in the same form as a model's; returns what runner.evaluate does."""
+    started = time.perf_counter()
     left = out.missing(conversations, model=model, test_set=test_set, seed=seed)
     for conversation, (pred, probs) in zip(left, baseline.predict(left) if left else (), strict=True):
         out.append(runner.prediction(conversation, pred, pred, model=model, test_set=test_set, seed=seed, probs=probs))
-    return len(left)
-
-
-def _text(conversation: Conversation) -> str:
-    return "\n".join(f"{turn['speaker']}：{turn['text']}" for turn in conversation["turns"])
+    seconds = time.perf_counter() - started
+    return {"asked": len(left), "kept": len(conversations) - len(left), "seconds": seconds}
 
 
 def _need(training: Sequence[Conversation], kind: str) -> None:

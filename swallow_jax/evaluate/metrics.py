@@ -152,8 +152,10 @@ def arms(rows: Sequence[Row], gold_of: Mapping[str, str]) -> dict[str, Arm]:
     for model, by_seed in grouped.items():
         for seed, answered in by_seed.items():
             if missing := [item for item in gold_of if item not in answered]:
-                raise ValueError(f"model {model!r} seed {seed}: {len(missing)} items have no prediction, the first is "
-                                 f"{missing[0]!r}; run the evaluation again, it goes on where it stopped")
+                raise ValueError(
+                    f"model {model!r} seed {seed}: {len(missing)} items have no prediction, the first is "
+                    f"{missing[0]!r}; run the evaluation again, it goes on where it stopped"
+                )
     return {
         model: Arm(name=model, test_set=next(iter(by_seed[min(by_seed)].values()))["test_set"], seeds=tuple(sorted(by_seed)),
                    rows=tuple(tuple(by_seed[seed][item] for item in gold_of) for seed in sorted(by_seed)))

@@ -111,7 +111,7 @@ def evaluate(
     asking: Asking,
     out: PredictionLog | str | os.PathLike,
 ) -> dict[str, Any]:
-    """Answer the conversations not yet in `out` and append their rows; returns counts and seconds.
+    """Answer the conversations not yet in `out` and append their rows; returns {"asked", "kept", "seconds"}.
 
     Raises ValueError where a backend answers a request that was not asked, or with a log-probability that is no number.
     """
@@ -124,7 +124,7 @@ def evaluate(
     for conversation, pred, raw, probs in answer(task, left, backend, seed, asking):
         out.append(prediction(conversation, pred, raw, model=model, test_set=test_set, seed=seed, probs=probs))
     seconds = time.perf_counter() - started
-    return {"model": model, "seed": seed, "asked": len(left), "kept": len(conversations) - len(left), "seconds": seconds}
+    return {"asked": len(left), "kept": len(conversations) - len(left), "seconds": seconds}
 
 
 Answer = tuple[Mapping[str, Any], str, str, dict[str, float] | None]
@@ -134,6 +134,10 @@ def _scored(task: Any, conversations: Sequence, backend: Any, seed: int, asking:
     from swallow_jax.generate import backends
 
     ids = label_ids(task)
+    for label in task.labels:
+        # The end of the turn is not scored, so the beginning of another answer would always be the likelier one.
+        if longer := [other for other in task.labels if other != label and other.startswith(label)]:
+            raise ValueError(f"label {label!r} is the beginning of {longer[0]!r}; change one in the task to score closed labels")
     requests = [
         backends.ScoreRequest(messages=tuple(task.prompt(c, asking.prompt)), prompt=None, continuations=tuple(task.labels))
         for c in conversations

@@ -167,15 +167,15 @@ class Engine:
         bucket = next(b for b in self.buckets if b >= n)
         tokens_1T = np.zeros((1, bucket), np.int32)
         tokens_1T[0, :n] = job.prompt_ids
-        prompt, logits_1V = _prefill(
-            self.params, tokens_1T, np.int32(n), config=self.config, compute=self.compute
-        )
+        prompt, logits_1V = _prefill(self.params, tokens_1T, np.int32(n), config=self.config, compute=self.compute)
         row = {
             "position": np.int32(n), "budget": np.int32(job.max_new_tokens), "seed": np.uint32(job.seed),
             "temperature": np.float32(job.temperature), "top_k": np.int32(min(job.top_k, 2**31 - 1)),
             "top_p": np.float32(job.top_p),
         }  # fmt: skip
-        return _insert(state, cache, prompt, logits_1V, np.int32(slot), row, self._stop_ids)
+        cache = _insert(cache, prompt, np.int32(slot))
+        state, tokens, logprobs = _start(state, logits_1V, np.int32(slot), row, self._stop_ids)
+        return state, cache, tokens, logprobs
 
     def _read(self, tokens: jax.Array, logprobs: jax.Array, rows: list[_Sequence | None]) -> Iterator[Output]:
         """Hand a chunk's tokens (waits for them) to their sequences and yield those that are complete."""
@@ -212,9 +212,7 @@ def power_of_two_buckets(max_length: int, smallest: int = 32) -> tuple[int, ...]
 
 def decode_form(params: Arrays, dtype: str) -> Arrays:
     """Layers unstacked and matrices in the compute dtype, so that no step converts them again (norms stay: they are 1-D)."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if leaf.ndim == 2 else leaf, llama.unstack_layers(params)
-    )
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim == 2 else leaf, llama.unstack_layers(params))
 
 
 def _empty_state(slots: int) -> Arrays:
@@ -236,11 +234,16 @@ def _prefill(params, tokens_1T, length, *, config, compute):
     return cache, llama.logits(params, config, last_1D)
 
 
-@functools.partial(jax.jit, donate_argnames=("state", "cache"))
-def _insert(state, cache, prompt, logits_1V, slot, row, stop_ids):
-    """Copy a prompt's KV into a slot and draw its first token. What the slot held beyond the prompt stays: the new sequence
-    overwrites a position before it can attend to it."""
-    cache = jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (slot, 0, 0, 0)), cache, prompt)
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _insert(cache, prompt, slot):
+    """Copy a prompt's KV into a slot. What the slot held beyond the prompt stays: the new sequence overwrites a position
+    before it can attend to it."""
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (slot, 0, 0, 0)), cache, prompt)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _start(state, logits_1V, slot, row, stop_ids):
+    """Draw a sequence's first token from its prompt's scores and set up its slot: (state, tokens [1, 1], logprobs [1, 1])."""
     one = {name: value[None] for name, value in row.items()}
     tokens_1, logprobs_1 = sampling.sample(
         logits_1V, one["seed"], one["position"], one["temperature"], one["top_k"], one["top_p"]
@@ -251,7 +254,7 @@ def _insert(state, cache, prompt, logits_1V, slot, row, stop_ids):
         "temperatures": row["temperature"], "top_ks": row["top_k"], "top_ps": row["top_p"],
     }  # fmt: skip
     state = {name: state[name].at[slot].set(new[name]) for name in state}
-    return state, cache, tokens_1[:, None], logprobs_1[:, None]
+    return state, tokens_1[:, None], logprobs_1[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "chunk"), donate_argnames=("state", "cache"))

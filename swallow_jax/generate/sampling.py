@@ -75,7 +75,9 @@ def _draw(logits_BV, seeds_B, positions_B, temperature_B, top_k_B, top_p_B) -> j
     p_B = jnp.where(top_p_B >= 1, jnp.inf, jnp.maximum(top_p_B, jnp.finfo(jnp.float32).tiny))
 
     C = min(CANDIDATES, V)
-    values_BC, ids_BC = jax.lax.top_k(scaled_BV, C)
+    # Without the barrier XLA merges later slices of `values_BC` into the top-k, no longer recognises it, and sorts the whole
+    # vocabulary (measured on XLA:CPU, V = 128k: 40 times slower).
+    values_BC, ids_BC = jax.lax.optimization_barrier(jax.lax.top_k(scaled_BV, C))
     kth_B1 = jnp.take_along_axis(values_BC, jnp.minimum(k_B, C)[:, None] - 1, axis=-1)
     inside_BC = values_BC >= jnp.where(k_B <= C, kth_B1[:, 0], -jnp.inf)[:, None]
     # The exact normaliser of what top-k left: the whole vocabulary's, or the sum over the candidates inside.

@@ -12,18 +12,21 @@ training before anything is assembled, and a training item that resembles a test
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swallow_jax import run
 from swallow_jax.data import dedup
-from swallow_jax.synth import plan
+from swallow_jax.synth import checks, pipeline, plan
 from swallow_jax.task import Task
 
 STAGES = ("opening", "smalltalk", "needs", "product", "procedure", "closing")
+SPLIT_FILE = "bank_split.json"  # in the task folder, committed beside the test sets made with it
 _REQUIRED = ("opening", "needs", "product", "closing")  # every conversation has one of each
 _OPTIONAL = ("smalltalk", "needs", "product", "procedure")
 _TEXTS = ("customer", "violating", "compliant", "reply")
@@ -59,8 +62,10 @@ class Part:
 def load_banks(task: Task) -> Banks:
     """Read and check the banks of a task; ValueError names file:line, the field and the remedy."""
     folder = task.folder / "banks"
-    items = {category.id: _read(folder / f"{category.id}.jsonl", lambda row, c=category: _item_problem(row, c, task))
-             for category in task.categories}
+    items = {
+        category.id: _read(folder / f"{category.id}.jsonl", lambda row, c=category: _item_problem(row, c, task))
+        for category in task.categories
+    }
     neutral = _read(folder / "neutral.jsonl", lambda row: _neutral_problem(row, task))
     for stage in _REQUIRED:
         if not any(row["stage"] == stage for row in neutral.values()):
@@ -86,8 +91,12 @@ def split(
     over the categories, earlier ones taking the remainder.
     Returns `{"test", "dev", "train": {category: ids}, "neutral": {"test", "train"}, "dropped": {"items", "neutral"}, ...}`.
     """
-    texts = [(item_id, item[field]) for items in banks.items.values() for item_id, item in items.items()
-             for field in ("customer", "violating", "compliant")]
+    texts = [
+        (item_id, item[field])
+        for items in banks.items.values()
+        for item_id, item in items.items()
+        for field in ("customer", "violating", "compliant")
+    ]
     texts += [(name, turn["text"]) for name, row in banks.neutral.items() for turn in row["turns"]]
     near_to = _neighbours(texts, ngram=ngram, near=near)
     picked: dict[str, dict[str, list[str]]] = {"test": {}, "dev": {}}
@@ -100,8 +109,10 @@ def split(
             quota = pairs // len(task.categories) + (number < pairs % len(task.categories))
             free = [i for i in order if i not in taken and (part == "test" or not near_to[i] & taken)]
             if len(free) < quota:
-                raise ValueError(f"banks/{category.id}.jsonl: {len(free)} items are free for the {part} split, {quota} are "
-                                 "wanted; write more items or ask for fewer")
+                raise ValueError(
+                    f"banks/{category.id}.jsonl: {len(free)} items are free for the {part} split, {quota} are "
+                    "wanted; write more items or ask for fewer"
+                )
             picked[part][category.id] = sorted(free[:quota])
             taken |= set(free[:quota])
     neutral_test: list[str] = []
@@ -110,21 +121,27 @@ def split(
         order = sorted(plan.shuffled(ids, f"{seed}/neutral/{stage}"), key=lambda i: len(near_to[i]))
         neutral_test += order[: round(test_neutral_share * len(ids))]
     protected = taken | set(neutral_test)
-    train = {c: [i for i in sorted(items) if i not in taken and not near_to[i] & protected]
-             for c, items in banks.items.items()}
+    train = {c: [i for i in sorted(items) if i not in taken and not near_to[i] & protected] for c, items in banks.items.items()}
     neutral_train = [i for i in sorted(banks.neutral) if i not in protected and not near_to[i] & protected]
     used = protected | set(neutral_train) | {i for ids in train.values() for i in ids}
     return {
-        "seed": seed, "ngram": ngram, "near": near, "banks_sha256": banks.sha256,
-        **picked, "train": train, "neutral": {"test": sorted(neutral_test), "train": neutral_train},
-        "dropped": {"items": sorted(i for items in banks.items.values() for i in items if i not in used),
-                    "neutral": sorted(i for i in banks.neutral if i not in used)},
+        "seed": seed,
+        "ngram": ngram,
+        "near": near,
+        "banks_sha256": banks.sha256,
+        **picked,
+        "train": train,
+        "neutral": {"test": sorted(neutral_test), "train": neutral_train},
+        "dropped": {
+            "items": sorted(i for items in banks.items.values() for i in items if i not in used),
+            "neutral": sorted(i for i in banks.neutral if i not in used),
+        },
     }
 
 
 def load_split(task: Task, banks: Banks) -> dict[str, Any]:
     """The committed split of a task's banks; ValueError when the banks have changed since."""
-    path = task.folder / "banks" / "split.json"
+    path = task.folder / SPLIT_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make it with the config that records the teacher")
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -143,8 +160,22 @@ def scenarios(banks: Banks, items: Mapping[str, Sequence[str]]) -> dict[str, lis
     return {c: [{"id": i, "product": banks.items[c][i]["product"]} for i in ids] for c, ids in items.items()}
 
 
+def ids(found: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, list[str]]:
+    """Scenarios back to item ids by category."""
+    return {c: [scenario["id"] for scenario in of] for c, of in found.items()}
+
+
 def assemble(
-    task: Task, banks: Banks, part: Part, *, category: str, item: str, product: str, position: float | None, seed: int, shape: Shape
+    task: Task,
+    banks: Banks,
+    part: Part,
+    *,
+    category: str,
+    item: str,
+    product: str,
+    position: float | None,
+    seed: int,
+    shape: Shape,
 ) -> dict[str, dict[str, Any]]:
     """Both twins of an item: `{"violation": answer, "compliant": answer}`, equal but for one turn.
 
@@ -153,21 +184,27 @@ def assemble(
     """
     rng = random.Random(seed)
     entry = banks.items[category][item]
+    unsaid = _unsaid(entry, product, task)
     for _ in range(_ATTEMPTS):
-        exchanges, used = _draw_exchanges(rng, banks, part, category, product, position, shape.max_distractors)
+        exchanges, used = _draw_exchanges(rng, banks, part, category, product, position, shape.max_distractors, unsaid)
         twins = {}
         for variant, field in (("violation", "violating"), ("compliant", "compliant")):
             turns, carrier = _lay(task, exchanges, entry, field)
             violates = variant == "violation"
             quote = [{"category": category, "turn": carrier, "quote": entry["quote"]}] if entry["quote"] else []
             twins[variant] = {
-                "turns": turns, "labels": [category] if violates else [], "evidence": quote if violates else [],
+                "turns": turns,
+                "labels": [category] if violates else [],
+                "evidence": quote if violates else [],
                 "missing_items": list(entry["missing_items"]) if violates else [],
                 "meta": {"item": item, "product": product, "topic": category, "carrier_turn": carrier, "exchanges": used},
             }
         sizes = [sum(len(turn["text"]) for turn in twin["turns"]) for twin in twins.values()]
-        if (shape.min_turns <= len(twins["violation"]["turns"]) <= shape.max_turns
-                and shape.min_chars <= min(sizes) and max(sizes) <= shape.max_chars):
+        if (
+            shape.min_turns <= len(twins["violation"]["turns"]) <= shape.max_turns
+            and shape.min_chars <= min(sizes)
+            and max(sizes) <= shape.max_chars
+        ):
             return twins
     raise ValueError(f"no conversation around {item} fits {shape}; widen the bounds or write shorter exchanges")
 
@@ -179,56 +216,127 @@ def answer(task: Task, banks: Banks, part: Part, row: Mapping[str, Any], shape: 
     if "position" in attributes:  # values are listed from early to late
         values = list(task.attributes["position"])
         position = values.index(attributes["position"]) / max(1, len(values) - 1)
-    return assemble(task, banks, part, category=row["category"], item=row["scenario"], product=attributes["product"],
-                    position=position, seed=row["seed"], shape=shape)[row["variant"]]
+    return assemble(
+        task,
+        banks,
+        part,
+        category=row["category"],
+        item=row["scenario"],
+        product=attributes["product"],
+        position=position,
+        seed=row["seed"],
+        shape=shape,
+    )[row["variant"]]
 
 
-def opening(task: Task, banks: Banks, part: Part, row: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """A plan row's `given`: the assembled conversation up to the reply to the carrying turn, for a teacher to continue."""
+def opening(task: Task, banks: Banks, part: Part, row: Mapping[str, Any], shape: Shape, *, leave: int) -> dict[str, Any]:
+    """A plan row's `given`: an assembled conversation without its last `leave` turns, for a teacher to write them.
+
+    The carrying turn and the reply to it always stay, so the label holds whatever the teacher writes.
+    """
     whole = answer(task, banks, part, row, shape)
-    end = whole["meta"]["carrier_turn"] + 2
+    end = max(whole["meta"]["carrier_turn"] + 2, len(whole["turns"]) - leave)
     return {"turns": whole["turns"][:end], **{k: whole[k] for k in ("labels", "evidence", "missing_items")}}
 
 
-def conversations(
-    task: Task, banks: Banks, part: Part, *, name: str, products: Sequence[str], shape: Shape, seed: int
-) -> list[dict[str, Any]]:
+def conversations(task: Task, banks: Banks, part: Part, *, name: str, shape: Shape, seed: int) -> list[dict[str, Any]]:
     """A labelled set: each item of the part carries exactly one pair of twins; order and ids tell nothing."""
     rows = []
+    products = list(task.attributes["product"])
     entries = [(c, i) for c in sorted(part.items) for i in part.items[c]]
     for number, (category, item) in enumerate(plan.shuffled(entries, f"{seed}/{name}")):
         product = banks.items[category][item]["product"]
         if product == "any":
             product = products[plan.draw(f"{seed}/{name}/{item}") % len(products)]
-        twins = assemble(task, banks, part, category=category, item=item, product=product, position=None,
-                         seed=plan.draw(f"{seed}/{name}/{item}/seed"), shape=shape)
+        twins = assemble(
+            task,
+            banks,
+            part,
+            category=category,
+            item=item,
+            product=product,
+            position=None,
+            seed=plan.draw(f"{seed}/{name}/{item}/seed"),
+            shape=shape,
+        )
         rows += [{"pair_id": f"{name}-pair-{number:03d}", **twin} for twin in twins.values()]
     rows = plan.shuffled(rows, f"{seed}/{name}/order")
     return [{"conversation_id": f"{name}-{i:04d}", **row} for i, row in enumerate(rows)]
 
 
-def _draw_exchanges(rng, banks: Banks, part: Part, category: str, product: str, position, max_distractors: int):
+def record(
+    task: Task,
+    banks: Banks,
+    parts: Mapping[str, Part],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    shape: Shape,
+    asking: pipeline.Asking,
+    limits: checks.Limits,
+    provenance: str,
+) -> list[dict[str, str]]:
+    """Lines of a recorded teacher, `{"key", "text", "model", "provenance"}`: its JSON answer to the request of each plan row."""
+    lines = []
+    for row in rows:
+        said = answer(task, banks, parts[row["split"]], row, shape)
+        text = {k: said[k] for k in ("turns", "labels", "evidence", "missing_items")}
+        text = json.dumps(text, ensure_ascii=False, separators=(",", ":"))
+        key = pipeline.request(task, row, asking, limits).key
+        lines.append({"key": key, "text": text, "model": "utterance banks", "provenance": provenance})
+    return lines
+
+
+def _draw_exchanges(rng, banks: Banks, part: Part, category: str, product: str, position, max_distractors: int, unsaid):
     """Exchanges in order, None standing for the carrying one, and the ids of all the others."""
     stages = [*_REQUIRED, *rng.sample(_OPTIONAL, rng.randint(0, 2))]
+    neutral = {i: banks.neutral[i] for i in part.neutral if banks.neutral[i]["product"] in (product, "any")}
+    neutral = {i: row for i, row in neutral.items() if not any(_says(turn["text"], unsaid) for turn in row["turns"])}
     chosen: list[str] = []
     for stage in sorted(stages, key=STAGES.index):
-        fitting = [i for i in part.neutral if banks.neutral[i]["stage"] == stage and i not in chosen
-                   and banks.neutral[i]["product"] in (product, "any")]
-        own = [i for i in fitting if banks.neutral[i]["product"] == product]
+        fitting = [i for i, row in neutral.items() if row["stage"] == stage and i not in chosen]
+        own = [i for i in fitting if neutral[i]["product"] == product]
         if stage == "product" and own and rng.random() < 0.8:  # mostly talk about this very product
             fitting = own
         if fitting:
             chosen.append(rng.choice(fitting))
-    exchanges: list[Any] = [banks.neutral[i]["turns"] for i in chosen]
-    slots = len(exchanges) - 1  # between the opening and the closing
+    exchanges: list[Any] = [neutral[i]["turns"] for i in chosen]
+    slots = max(1, len(exchanges) - 1)  # between the opening and the closing
     at = 1 + (rng.randrange(slots) if position is None else round(position * (slots - 1)))
     exchanges.insert(at, None)
-    others = [(c, i) for c in sorted(part.items) if c != category for i in part.items[c]
-              if banks.items[c][i]["product"] in (product, "any")]
-    for c, i in rng.sample(others, min(len(others), rng.randint(0, max_distractors))):
-        exchanges.insert(rng.randrange(1, len(exchanges)), (banks.items[c][i], "compliant"))
+    others = []
+    for c in sorted(set(part.items) - {category}):
+        items = {i: banks.items[c][i] for i in part.items[c] if banks.items[c][i]["product"] in (product, "any")}
+        others += [i for i, item in items.items() if not _says(item["customer"] + item["compliant"], unsaid)]
+    by_id = {i: item for items in banks.items.values() for i, item in items.items()}
+    for i in rng.sample(others, min(len(others), rng.randint(0, max_distractors))):
+        exchanges.insert(rng.randrange(1, len(exchanges)), (by_id[i], "compliant"))
         chosen.append(i)
     return exchanges, chosen
+
+
+def _unsaid(entry: Mapping[str, Any], product: str, task: Task) -> tuple[set[str], set[str]]:
+    """(terms, words) of what an omission leaves out: no other exchange may say it, or the omission would be mended.
+
+    Terms are those of the missing items, and those its compliant twin says and the violating one does not; words are the
+    task's other ways to speak of the same matter.
+    """
+    if not entry["missing_items"]:
+        return set(), set()
+    named = " ".join([*entry["missing_items"], entry["compliant"]])
+    terms = (_terms(named) - _terms(entry["violating"])) | _terms(" ".join(entry["missing_items"]))
+    words = {word for group in task.same_matter if any(word in named for word in group) for word in group}
+    return terms - _terms(product), words
+
+
+def _says(text: str, unsaid: tuple[set[str], set[str]]) -> bool:
+    return bool(_terms(text) & unsaid[0]) or any(word in text for word in unsaid[1])
+
+
+@functools.cache
+def _terms(text: str) -> frozenset[str]:
+    """Pairs of neighbouring kanji, words in katakana, numbers and Latin words: what a Japanese sentence is about."""
+    kanji = {found[i : i + 2] for found in re.findall(r"[一-龯々〇]{2,}", text) for i in range(len(found) - 1)}
+    return frozenset(kanji | set(re.findall(r"[ァ-ヶー]{2,}|[A-Za-z]{4,}|[0-9０-９]{2,}", text)))
 
 
 def _lay(task: Task, exchanges, entry: Mapping[str, Any], field: str) -> tuple[list[dict[str, str]], int]:
@@ -296,6 +404,8 @@ def _item_problem(row: Mapping[str, Any], category, task: Task) -> str | None:
     for field in _TEXTS:
         if not isinstance(row[field], str) or not row[field].strip() or "\n" in row[field]:
             return f"'{field}' must be one line of text"
+    if word := checks.label_word(" ".join(row[field] for field in _TEXTS), task):
+        return f"contains the label word {word!r}; say it in other words"
     if row["violating"] == row["compliant"]:
         return "'violating' and 'compliant' are equal; the twins must differ"
     if not isinstance(row["quote"], str) or row["quote"] not in row["violating"]:
@@ -322,10 +432,11 @@ def _neutral_problem(row: Mapping[str, Any], task: Task) -> str | None:
             return f"turns[{i}] needs a speaker of {', '.join(task.speakers)} and a text"
         if not isinstance(turn["text"], str) or not turn["text"].strip():
             return f"turns[{i}].text is empty"
+    if word := checks.label_word(" ".join(turn["text"] for turn in row["turns"]), task):
+        return f"contains the label word {word!r}; say it in other words"
     return _product_problem(row, task)
 
 
 def _product_problem(row: Mapping[str, Any], task: Task) -> str | None:
     known = ["any", *task.attributes.get("product", ())]
     return None if row["product"] in known else f"product {row['product']!r} is unknown; use one of {', '.join(known)}"
-

@@ -5,6 +5,7 @@ Pure functions over conversation dicts (design.md). What counts as overlap betwe
 
 import collections
 import dataclasses
+import itertools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,15 +18,17 @@ _SCRIPTS = {
     "ja": ((0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),
     "en": ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F)),
 }
+_UNSPEAKABLE = ("Cc", "Co", "Cn", "Cs")  # control, private use, unassigned: broken bytes and stray tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bounds of the checks; all of them come from the config.
 
-    Lengths count characters of turn texts. `min_language_share` and `min_distinct_share` are shares of characters and of
-    4-grams. `ngram` and `near_test` say what counts as test contamination, `near_duplicate` as a copy of an accepted row.
-    `test_turns` is 'carriers' (turns a label rests on, and their compliant twins) or 'all'.
+    Lengths count characters of turn texts. `min_language_share` and `min_distinct_share` are shares of letters and of
+    4-grams; a turn must end in one of the characters `sentence_ends` ("": anything goes). `ngram` and `near_test` say what
+    counts as test contamination, `near_duplicate` as a copy of an accepted row. `test_turns` is 'carriers' (turns a label
+    rests on, and their compliant twins) or 'all'.
     """
 
     min_turns: int
@@ -33,6 +36,7 @@ class Limits:
     min_chars: int
     max_chars: int
     min_language_share: float
+    sentence_ends: str
     min_distinct_share: float
     ngram: int
     near_test: float
@@ -65,9 +69,7 @@ def carriers(conversations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]
     return found
 
 
-def protected_texts(
-    test_sets: Mapping[str, Sequence[Mapping[str, Any]]], limits: Limits
-) -> list[tuple[str, str]]:
+def protected_texts(test_sets: Mapping[str, Sequence[Mapping[str, Any]]], limits: Limits) -> list[tuple[str, str]]:
     """(where, text) of everything in the test sets that a training text must not repeat."""
     found = []
     for name, conversations in test_sets.items():
@@ -79,9 +81,7 @@ def protected_texts(
     return [(where, text) for where, text in dict.fromkeys(found) if _is_long(text, limits)]
 
 
-def contaminated(
-    rows: Sequence[Mapping[str, Any]], protected: Sequence[tuple[str, str]], limits: Limits
-) -> dict[int, str]:
+def contaminated(rows: Sequence[Mapping[str, Any]], protected: Sequence[tuple[str, str]], limits: Limits) -> dict[int, str]:
     """Row number -> which test conversation it repeats and how, by shared n-gram or by 5-gram Jaccard, turn against turn."""
     turns = [
         (number, i, turn["text"])
@@ -123,9 +123,7 @@ def _is_long(text: str, limits: Limits) -> bool:
     return len(dedup.canonical(text)) >= limits.ngram  # "yes, please" is nobody's property
 
 
-def first_problem(
-    row: Mapping[str, Any], planned: Mapping[str, Any], task: Task, limits: Limits
-) -> tuple[str, str] | None:
+def first_problem(row: Mapping[str, Any], planned: Mapping[str, Any], task: Task, limits: Limits) -> tuple[str, str] | None:
     """(reason, detail) of the first check a conversation fails on its own, or None.
 
     `planned` is its plan row: the label must be the planned one.
@@ -141,7 +139,7 @@ def first_problem(
     turns = row["turns"]
     if not limits.min_turns <= len(turns) <= limits.max_turns:
         return "turns", f"{len(turns)} turns; {limits.min_turns} to {limits.max_turns} are wanted"
-    for i, (a, b) in enumerate(zip(turns, turns[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(turns)):
         if a["speaker"] == b["speaker"]:
             return "turn_order", f"turns {i} and {i + 1} are both {a['speaker']}'s"
     if missing := set(task.speakers) - {turn["speaker"] for turn in turns}:
@@ -151,9 +149,14 @@ def first_problem(
         return "length", f"{len(text)} characters; {limits.min_chars} to {limits.max_chars} are wanted"
     if (share := language_share(text, task.language)) < limits.min_language_share:
         return "language", f"{share:.2f} of the characters are {task.language}"
+    for i, turn in enumerate(turns):
+        if odd := next((c for c in turn["text"] if c == "\ufffd" or unicodedata.category(c) in _UNSPEAKABLE), None):
+            return "characters", f"turn {i} holds U+{ord(odd):04X}"
+        if limits.sentence_ends and turn["text"].rstrip()[-1] not in limits.sentence_ends:
+            return "unfinished", f"turn {i} ends in {turn['text'].rstrip()[-8:]!r}"
     if phrase := next((p for p in task.meta_talk if p in text), None):
         return "meta_talk", f"contains {phrase!r}"
-    if word := next((w for w in _label_words(task) if dedup.canonical(w) in dedup.canonical(text)), None):
+    if word := label_word(text, task):
         return "label_word", f"contains the label word {word!r}"
     return _repetition(turns, limits)
 
@@ -172,8 +175,10 @@ def _evidence_problem(row: Mapping[str, Any], task: Task) -> str | None:
     return None
 
 
-def _label_words(task: Task) -> list[str]:
-    return [*task.labels, *(category.name_ja for category in task.categories)]
+def label_word(text: str, task: Task) -> str | None:
+    """A label of the task that the text spells out, or None."""
+    canonical = dedup.canonical(text)
+    return next((word for word in task.label_words if dedup.canonical(word) in canonical), None)
 
 
 def _repetition(turns: Sequence[Mapping[str, str]], limits: Limits) -> tuple[str, str] | None:
@@ -208,9 +213,7 @@ def length_probe(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             size = sum(len(turn["text"]) for turn in row["turns"])
             pairs[row["pair_id"]]["violation" if row["labels"] else "compliant"] = size
     whole = [p for p in pairs.values() if len(p) == 2]
-    right = sum(
-        1.0 if p["violation"] > p["compliant"] else 0.5 if p["violation"] == p["compliant"] else 0.0 for p in whole
-    )
+    right = sum(1.0 if p["violation"] > p["compliant"] else 0.5 if p["violation"] == p["compliant"] else 0.0 for p in whole)
     return {"pairs": len(whole), "accuracy": right / len(whole) if whole else None}
 
 

@@ -8,7 +8,6 @@ accepted set doesn't depend on the order of completion or on interruptions.
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,9 +36,16 @@ def request(task: Task, row: Mapping[str, Any], asking: Asking, limits: checks.L
     violates = row["variant"] == "violation"
     given = row["given"]["turns"] if row["given"] else []
     values = {
-        "seed": row["seed"], "severity": "", **row["attributes"], **dataclasses.asdict(limits), "category": category.id,
-        "name": category.name_ja, "definition": category.definition, "includes": " / ".join(category.includes),
-        "excludes": " / ".join(category.excludes), "required_items": " / ".join(category.required_items),
+        "seed": row["seed"],
+        "severity": "",
+        **row["attributes"],
+        **dataclasses.asdict(limits),
+        "category": category.id,
+        "name": category.name_ja,
+        "definition": category.definition,
+        "includes": " / ".join(category.includes),
+        "excludes": " / ".join(category.excludes),
+        "required_items": " / ".join(category.required_items),
         "label_json": json.dumps(category.id) if violates else "",
         "prefix": "\n".join(filter(None, [task.transcript(given), _cue(task, given)])),
     }
@@ -48,58 +54,48 @@ def request(task: Task, row: Mapping[str, Any], asking: Asking, limits: checks.L
     sampling = {name: getattr(asking, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
     is_text = isinstance(rendered, str)
     return backends.Request(
-        prompt=rendered if is_text else None, messages=None if is_text else rendered, seed=row["seed"], **sampling)
+        prompt=rendered if is_text else None, messages=None if is_text else rendered, seed=row["seed"], **sampling
+    )
 
 
-def collect(requests: Sequence[backends.Request], backend: backends.Backend, path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Answers by request key; those already in `path` are not asked for again.
-
-    Each answer is one line, synced before the next is taken. A half line that a kill left behind is cut away.
-    """
-    answers = _durable(path)
-    missing = {r.key: r for r in requests if r.key not in answers}
-    if not missing:
-        return answers
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        for result in backend.generate(list(missing.values())):
-            line = {name: getattr(result, name) for name in
-                    ("key", "text", "finish_reason", "prompt_tokens", "completion_tokens")}
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-            answers[result.key] = line
-    return answers
+def collect(requests: Sequence[backends.Request], backend: backends.Backend, path: pathlib.Path) -> dict[str, backends.Result]:
+    """Results by request key; those already in the file `path` are not asked for again, new ones are appended to it."""
+    return {result.key: result for result in backends.record(backend, path).generate(requests)}
 
 
 def parse(text: str, row: Mapping[str, Any], task: Task, finish_reason: str) -> dict[str, Any] | tuple[str, str]:
     """A conversation from a teacher's answer, or (reason, detail).
 
     Two forms are understood: a JSON object with "turns", wherever it stands in the answer, and one turn a line. Lines carry no
-    labels; they're read only as the continuation of what the plan gave, whose labels and evidence hold.
+    labels: the planned one holds, with the evidence of the opening that the plan gave (if it gave any).
     """
     common = {"conversation_id": row["plan_id"], "pair_id": row["pair_id"]}
-    given = row["given"]
-    if given:
-        lines = (_cue(task, given["turns"]) + text).splitlines()
-        if finish_reason == "length":
-            lines = lines[:-1]  # cut off in mid-sentence
-        turns = [*given["turns"], *_turns_of_lines(lines, task)]
-        if len(turns) == len(given["turns"]):
-            return "unparsable", f"no turn in {text[:60]!r}"
-        return {**common, "turns": turns, **{k: given[k] for k in ("labels", "evidence", "missing_items")}}
-    found = _json_object(text)
-    if found is None:
-        reason = "truncated" if finish_reason == "length" else "empty" if not text.strip() else "unparsable"
-        return reason, f"no JSON object with turns in {text[:60]!r}"
-    # Strangers' fields are dropped; missing ones stay missing and fail as "schema".
-    return {**common, **{k: found[k] for k in ("turns", "labels", "evidence", "missing_items") if k in found}}
+    if not text.strip():
+        return "empty", "the answer is blank"
+    if found := _json_object(text):
+        # Strangers' fields are dropped; missing ones stay missing and fail as "schema".
+        return {**common, **{k: found[k] for k in ("turns", "labels", "evidence", "missing_items") if k in found}}
+    planned = {
+        "turns": [],
+        "labels": [row["category"]] if row["variant"] == "violation" else [],
+        "evidence": [],
+        "missing_items": [],
+    }
+    given = row["given"] or planned
+    lines = (_cue(task, given["turns"]) + text).splitlines()
+    if finish_reason == "length":
+        lines = lines[:-1]  # cut off in mid-sentence
+    turns = _turns_of_lines(lines, task)
+    if not turns:
+        return "truncated" if finish_reason == "length" else "unparsable", f"neither JSON nor turns in {text[:60]!r}"
+    kept = {k: given[k] for k in ("labels", "evidence", "missing_items")}
+    return {**common, "turns": [*given["turns"], *turns], **kept}
 
 
 def verify(
     task: Task,
     plan: Sequence[Mapping[str, Any]],
-    answers: Mapping[str, tuple[str, Mapping[str, Any]]],
+    answers: Mapping[str, backends.Result],
     test_sets: Mapping[str, Sequence[Mapping[str, Any]]],
     limits: checks.Limits,
     *,
@@ -107,7 +103,7 @@ def verify(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Sort the planned conversations into (accepted, rejected), both in plan order.
 
-    `answers`: plan_id -> (request key, answer line). An accepted row is a conversation with `meta` (plan row, request key); a
+    `answers` by plan_id. An accepted row is a conversation with `meta` (plan row, request key); a
     rejected one is `{"plan_id", "teacher", "category", "variant", "reason", "detail", "text"}`. With `keep_pairs` a twin whose
     other half fell is rejected too (`twin_rejected`), so that violating and compliant rows stay matched.
     """
@@ -117,14 +113,14 @@ def verify(
         if row["plan_id"] not in answers:
             refused[row["plan_id"]] = ("no_answer", "the backend returned nothing for this request")
             continue
-        key, line = answers[row["plan_id"]]
-        parsed = parse(line["text"], row, task, line["finish_reason"])
+        result = answers[row["plan_id"]]
+        parsed = parse(result.text, row, task, result.finish_reason)
         problem = parsed if isinstance(parsed, tuple) else checks.first_problem(parsed, row, task, limits)
         if problem:
             refused[row["plan_id"]] = problem
             continue
         known = ("teacher", "split", "scenario", "attributes", "seed")
-        meta = {"topic": row["category"], **{k: row[k] for k in known}, "request": key}
+        meta = {"topic": row["category"], **{k: row[k] for k in known}, "request": result.key}
         candidates.append({**parsed, "meta": meta})
     protected = checks.protected_texts(test_sets, limits)
     for number, detail in checks.contaminated(candidates, protected, limits).items():
@@ -143,7 +139,7 @@ def verify(
     for row in plan:
         if row["plan_id"] in refused:
             reason, detail = refused[row["plan_id"]]
-            text = answers[row["plan_id"]][1]["text"] if row["plan_id"] in answers else ""
+            text = answers[row["plan_id"]].text if row["plan_id"] in answers else ""
             known = {k: row[k] for k in ("plan_id", "teacher", "category", "variant")}
             rejected.append({**known, "reason": reason, "detail": detail, "text": text})
     return accepted, rejected
@@ -162,8 +158,15 @@ def chat_samples(task: Task, rows: Iterable[Mapping[str, Any]], *, prompt: str) 
     for row in rows:
         label = task.primary(row)
         messages = [*task.prompt(row, prompt), {"role": "assistant", "content": task.label_text(label)}]
-        samples.append({"id": row["conversation_id"], "messages": messages, "pair_id": row["pair_id"],
-                        "label": label, "teacher": row["meta"]["teacher"]})
+        samples.append(
+            {
+                "id": row["conversation_id"],
+                "messages": messages,
+                "pair_id": row["pair_id"],
+                "label": label,
+                "teacher": row["meta"]["teacher"],
+            }
+        )
     return samples
 
 
@@ -200,20 +203,8 @@ def _json_object(text: str) -> dict[str, Any] | None:
     for match in re.finditer(r"\{", text):
         try:
             value, _ = decoder.raw_decode(text, match.start())
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
         if isinstance(value, dict) and "turns" in value:
             return value
     return None
-
-
-def _durable(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with open(path, "r+b") as f:
-            f.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]
-    return {row["key"]: row for row in rows}

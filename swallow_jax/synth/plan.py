@@ -17,6 +17,7 @@ from typing import Any
 from swallow_jax.task import Task
 
 VARIANTS = ("violation", "compliant")
+_BLOCK = 20  # pairs over which attribute shares are met
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ def make_plan(
 ) -> list[dict[str, Any]]:
     """Rows for one teacher: the same number of pairs for every category, attributes by their weights.
 
+    A smaller quota gives a part of the same rows, so answers recorded for a larger plan stay valid.
+
     `scenarios`: split -> category id -> [{"id", "product"}] (see `split_scenarios`); each is used once before any is used
     again. None: the teacher invents its scenarios.
     Raises ValueError when a split with a quota has no scenario for a category.
@@ -45,15 +48,15 @@ def make_plan(
     for category in task.categories:
         for split, pairs in (("dev", quotas.dev_pairs), ("train", quotas.train_pairs)):
             where = f"{seed}/{teacher}/{category.id}/{split}"
-            columns = {
-                name: apportion(values, pairs, f"{where}/{name}") for name, values in task.attributes.items()
-            }
+            columns = {name: _column(values, pairs, f"{where}/{name}") for name, values in task.attributes.items()}
             pool = None
             if scenarios is not None:
                 pool = shuffled(sorted(scenarios[split].get(category.id, ()), key=lambda s: s["id"]), where)
                 if pairs and not pool:
-                    raise ValueError(f"category {category.id} has no scenario for its {pairs} {split} pairs; "
-                                     "write more bank items or lower the quota")
+                    raise ValueError(
+                        f"category {category.id} has no scenario for its {pairs} {split} pairs; "
+                        "write more bank items or lower the quota"
+                    )
             for i in range(pairs):
                 attributes = {name: column[i] for name, column in columns.items()}
                 scenario = pool[i % len(pool)] if pool else None
@@ -61,18 +64,20 @@ def make_plan(
                     attributes["product"] = scenario["product"]
                 pair_id = f"{teacher}-{split}-{category.id}-{i:04d}"
                 for variant in VARIANTS:
-                    rows.append({
-                        "plan_id": f"{pair_id}-{variant[0]}",
-                        "teacher": teacher,
-                        "split": split,
-                        "category": category.id,
-                        "variant": variant,
-                        "pair_id": pair_id,
-                        "scenario": scenario["id"] if scenario else None,
-                        "attributes": attributes,
-                        "seed": draw(f"{where}/{i}") % 2**31,
-                        "given": None,
-                    })
+                    rows.append(
+                        {
+                            "plan_id": f"{pair_id}-{variant[0]}",
+                            "teacher": teacher,
+                            "split": split,
+                            "category": category.id,
+                            "variant": variant,
+                            "pair_id": pair_id,
+                            "scenario": scenario["id"] if scenario else None,
+                            "attributes": attributes,
+                            "seed": draw(f"{where}/{i}") % 2**31,
+                            "given": None,
+                        }
+                    )
     return rows
 
 
@@ -86,6 +91,12 @@ def apportion(weights: Mapping[str, float], count: int, where: str) -> list[str]
         counts[value] += 1
     column = [value for value, n in counts.items() for _ in range(n)]
     return [column[i] for i in shuffled(range(count), where)]
+
+
+def _column(weights: Mapping[str, float], count: int, where: str) -> list[str]:
+    """Apportioned block by block, so that a longer column begins with the shorter one."""
+    blocks = range(-(-count // _BLOCK))
+    return [value for block in blocks for value in apportion(weights, _BLOCK, f"{where}/{block}")][:count]
 
 
 def shuffled(items: Sequence[Any], where: str) -> list[Any]:

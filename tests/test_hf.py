@@ -1,0 +1,142 @@
+"""Weights at the border: bit-exact round trips, both RoPE schemas, and refusals that name the culprit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from swallow_jax import hf
+from tests.helpers import KINDS, LLAMA31, LLAMA32_TIED, random_params, write_checkpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_is_bitwise(kind, tmp_path):
+    config = write_checkpoint(tmp_path / "a", kind)
+    params, read = hf.load(tmp_path / "a")
+    assert read == config
+    hf.save(tmp_path / "b", params, read, dtype="source", source_folder=tmp_path / "a")
+    before, after = hf.open_tensors(tmp_path / "a"), hf.open_tensors(tmp_path / "b")
+    assert before.keys() == after.keys()
+    for name, reader in before.items():
+        assert reader().dtype == after[name]().dtype
+        assert np.array_equal(hf._bits(reader()), hf._bits(after[name]()))
+
+
+def test_mixed_dtypes_in_one_file_come_back_as_they_were(tmp_path):
+    write_checkpoint(tmp_path / "a", "mqa")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = {name: np.array(reader()) for name, reader in hf.read_safetensors(file).items()}
+    tensors["model.layers.1.self_attn.q_proj.weight"] = tensors["model.layers.1.self_attn.q_proj.weight"].astype(np.float16)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(ml_dtypes.bfloat16)
+    write_safetensors(file, tensors)
+    params, config = hf.load(tmp_path / "a")
+    hf.save(tmp_path / "b", params, config, dtype="source", source_folder=tmp_path / "a")
+    for name, reader in hf.open_tensors(tmp_path / "b").items():
+        assert reader().dtype == tensors[name].dtype
+        assert np.array_equal(hf._bits(reader()), hf._bits(tensors[name])), name
+
+
+def test_both_rope_schemas_read_the_same(tmp_path):
+    raw = hf.config_json(LLAMA31, "bfloat16")
+    new = {k: v for k, v in raw.items() if k not in ("rope_theta", "rope_scaling")}
+    old = {k: v for k, v in raw.items() if k != "rope_parameters"}
+    assert hf.parse_config(new, "new") == hf.parse_config(old, "old") == LLAMA31
+
+
+def test_a_sharded_load_places_what_a_plain_load_reads(tmp_path):
+    write_checkpoint(tmp_path / "a", "llama31")
+    mesh = jax.make_mesh((1, 1, 1, 1), ("replica", "fsdp", "tensor", "context"))
+    placed, _ = hf.load(tmp_path / "a", dtype=jnp.float32, mesh=mesh)
+    plain, _ = hf.load(tmp_path / "a", dtype=jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, placed, plain)
+
+
+def test_a_tied_model_writes_no_head_and_accepts_an_equal_one(tmp_path):
+    write_checkpoint(tmp_path / "a", "llama32_tied")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = {name: np.array(reader()) for name, reader in hf.read_safetensors(file).items()}
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_safetensors(file, tensors)
+    hf.load(tmp_path / "a")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    write_safetensors(file, tensors)
+    with pytest.raises(ValueError, match="tie_word_embeddings is true"):
+        hf.load(tmp_path / "a")
+
+
+def test_params_sha256_follows_values_names_and_dtype():
+    params = random_params(LLAMA32_TIED)
+    one = hf.params_sha256(params, LLAMA32_TIED)
+    assert one == hf.params_sha256(jax.tree.map(jnp.copy, params), LLAMA32_TIED)
+    params["layers"]["q"] = params["layers"]["q"].at[0, 0, 0].add(1e-7)
+    assert one != hf.params_sha256(params, LLAMA32_TIED)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "1 tensors are missing, the first is model.layers.2.mlp.up_proj"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(4, np.float32)}), "unknown to this model"),
+        (lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}), r"model.norm.weight has shape \(3,\)"),
+    ],
+)
+def test_damaged_weights_are_refused_by_name(damage, message, tmp_path):
+    write_checkpoint(tmp_path / "a", "mqa")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = {name: np.array(reader()) for name, reader in hf.read_safetensors(file).items()}
+    damage(tensors)
+    write_safetensors(file, tensors)
+    with pytest.raises(ValueError, match=message):
+        hf.load(tmp_path / "a")
+
+
+def test_truncated_and_missing_files_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "a", "llama3_fp16_shards")
+    shards = sorted((tmp_path / "a").glob("*.safetensors"))
+    assert len(shards) > 2
+    whole = shards[0].read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        shards[0].write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="truncated|header"):
+            hf.load(tmp_path / "a")
+    shards[0].unlink()
+    with pytest.raises(FileNotFoundError, match=shards[0].name):
+        hf.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("model_type", "mamba"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_parameters", {"rope_type": "yarn"})]
+)
+def test_what_the_model_cannot_compute_is_refused(field, value):
+    with pytest.raises(ValueError, match=str(value) if field != "rope_parameters" else "yarn|rope_theta"):
+        hf.parse_config({**hf.config_json(LLAMA31, "float32"), field: value}, "config.json")
+
+
+def test_an_export_never_overwrites_and_leaves_nothing_half_written(tmp_path):
+    params = random_params(LLAMA31)
+    hf.save(tmp_path / "a", params, LLAMA31, dtype="float32")
+    with pytest.raises(FileExistsError, match="exists"):
+        hf.save(tmp_path / "a", params, LLAMA31, dtype="float32")
+    broken = {**params, "norm": "not an array"}
+    with pytest.raises(AttributeError):
+        hf.save(tmp_path / "b", broken, LLAMA31, dtype="float32")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_config_keeps_head_dim_and_scaling():
+    config = dataclasses.replace(LLAMA31, head_dim=16)
+    assert hf.parse_config(json.loads(json.dumps(hf.config_json(config, "float32"))), "x") == config
+
+
+def write_safetensors(file, tensors):
+    header, offset = {}, 0
+    for name, value in tensors.items():
+        header[name] = {"dtype": hf._CODES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes]}
+        offset += value.nbytes
+    blob = json.dumps(header).encode()
+    file.write_bytes(len(blob).to_bytes(8, "little") + blob + b"".join(hf._bits(v).tobytes() for v in tensors.values()))

@@ -1,0 +1,123 @@
+"""The model: cache, scan, remat, isolation and RoPE agree with their other ways of being computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swallow_jax import llama
+from tests.helpers import FLOAT32, LLAMA31, LLAMA32_TIED, MQA, model_logits, random_params
+
+TOKENS = np.random.default_rng(0).integers(0, 512, (2, 24))
+
+
+@pytest.mark.parametrize("config", [LLAMA31, LLAMA32_TIED, MQA], ids=["llama31", "tied", "mqa"])
+def test_cached_decode_equals_full_forward(config):
+    params = llama.unstack_layers(random_params(config))
+    whole = model_logits(params, config, TOKENS)
+    cache = llama.init_cache(config, 2, 32, jnp.float32)
+    pieces = []
+    for first, last in [(0, 9), (9, 10), (10, 11), (11, 24)]:  # prefill, two single steps, a chunk
+        positions = jnp.broadcast_to(jnp.arange(first, last), (2, last - first))
+        hidden, cache = llama.forward(params, config, FLOAT32, jnp.asarray(TOKENS[:, first:last]), positions, cache=cache)
+        pieces.append(llama.logits(params, config, hidden))
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=2e-5)
+
+
+def test_right_padding_in_a_prefill_does_not_reach_later_steps():
+    params = llama.unstack_layers(random_params(LLAMA31))
+    whole = model_logits(params, LLAMA31, TOKENS[:1, :6])
+    cache = llama.init_cache(LLAMA31, 1, 16, jnp.float32)
+    padded = np.concatenate([TOKENS[:1, :5], [[7, 7, 7]]], 1)
+    positions = jnp.arange(8)[None]
+    _, cache = llama.forward(params, LLAMA31, FLOAT32, jnp.asarray(padded), positions, cache=cache)
+    hidden, _ = llama.forward(params, LLAMA31, FLOAT32, jnp.asarray(TOKENS[:1, 5:6]), jnp.full((1, 1), 5), cache=cache)
+    np.testing.assert_allclose(llama.logits(params, LLAMA31, hidden), whole[:, 5:], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_scan_and_remat_change_neither_logits_nor_gradients(scan, remat):
+    params = random_params(LLAMA31)
+
+    def loss(params, compute):
+        positions = jnp.broadcast_to(jnp.arange(24), TOKENS.shape)
+        hidden, _ = llama.forward(params, LLAMA31, compute, jnp.asarray(TOKENS), positions)
+        return jnp.square(llama.logits(params, LLAMA31, hidden)).mean()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    wanted = gradient(params, FLOAT32)
+    got = gradient(params, dataclasses.replace(FLOAT32, scan_layers=scan, remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, wanted)
+
+
+def test_packed_documents_equal_documents_alone():
+    params = random_params(LLAMA31)
+    segments = jnp.asarray([[1] * 9 + [2] * 11 + [0] * 4])
+    positions = jnp.asarray([[*range(9), *range(11), *[0] * 4]])
+    packed = model_logits(params, LLAMA31, TOKENS[:1], segments=segments, positions=positions)
+    np.testing.assert_allclose(packed[:, :9], model_logits(params, LLAMA31, TOKENS[:1, :9]), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 9:20], model_logits(params, LLAMA31, TOKENS[:1, 9:20]), atol=2e-5)
+
+
+def test_another_document_changes_no_bit_and_has_no_gradient():
+    params = random_params(LLAMA31)
+    segments = jnp.asarray([[1] * 9 + [2] * 11 + [0] * 4])
+    positions = jnp.asarray([[*range(9), *range(11), *[0] * 4]])
+    other = TOKENS[:1].copy()
+    other[:, :9] = 511 - other[:, :9]
+    one, two = (model_logits(params, LLAMA31, t, segments=segments, positions=positions) for t in (TOKENS[:1], other))
+    assert np.array_equal(one[:, 9:20], two[:, 9:20])
+    assert not np.array_equal(one[:, :9], two[:, :9])
+
+    def second_document_loss(embedded):
+        tokens = jnp.arange(24)[None]  # token i reads row i of the embedding, so rows are tokens of the row
+        hidden, _ = llama.forward({**params, "embed": embedded}, LLAMA31, FLOAT32, tokens, positions, segments_BT=segments)
+        return jnp.sum(jnp.square(hidden[:, 9:20]))
+
+    grads = jax.jit(jax.grad(second_document_loss))(params["embed"][:24])
+    assert np.all(np.asarray(grads[:9]) == 0) and np.all(np.asarray(grads[20:]) == 0)
+    assert np.all(np.abs(grads[9:20]).max(axis=1) > 0)
+
+
+def test_padding_rows_stay_finite():
+    params = random_params(LLAMA31)
+    zeros = jnp.zeros((1, 8), jnp.int32)
+    assert np.isfinite(model_logits(params, LLAMA31, zeros, segments=zeros, positions=zeros)).all()
+
+
+def test_long_rows_go_block_by_block_with_the_same_result(monkeypatch):
+    params = random_params(LLAMA31)
+    whole = model_logits(params, LLAMA31, TOKENS)
+    monkeypatch.setattr("swallow_jax.attention.QUERY_BLOCK", 8)
+    jax.clear_caches()
+    np.testing.assert_allclose(model_logits(params, LLAMA31, TOKENS), whole, atol=2e-5)
+
+
+def test_rope_scaling_blends_between_the_two_wavelengths():
+    """Llama 3.1's numbers: wavelengths under 2048 stay, over 8192 are stretched by 8, between is between."""
+    scaled = np.asarray(llama.inverse_frequencies(dataclasses.replace(LLAMA31, head_dim=128)))
+    plain = np.asarray(llama.inverse_frequencies(dataclasses.replace(LLAMA31, head_dim=128, rope_scaling=None)))
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelength < 2048], plain[wavelength < 2048])
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-7)
+    middle = (wavelength > 2048) & (wavelength < 8192)
+    assert middle.any() and np.all(scaled[middle] < plain[middle]) and np.all(scaled[middle] > plain[middle] / 8)
+
+
+def test_parameter_counts_and_flops_are_the_published_ones():
+    """Llama 3.1 8B: 8,030,261,248 parameters; 51.47 GFLOP a token at 8,192 tokens, attention counted causally."""
+    eight = dataclasses.replace(
+        LLAMA31, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
+    )
+    assert llama.parameter_count(eight) == (8_030_261_248, 7_504_924_672)
+    assert llama.train_flops_per_token(eight, 8192) == pytest.approx(51.47e9, rel=1e-3)
+
+
+def test_bfloat16_stays_close_to_float32():
+    params = random_params(LLAMA31)
+    exact = model_logits(params, LLAMA31, TOKENS)
+    rough = model_logits(params, LLAMA31, TOKENS, dataclasses.replace(FLOAT32, dtype="bfloat16"))
+    assert np.abs(rough - exact).max() / exact.std() < 0.1  # bf16 keeps 8 bits: 2**-8 a layer, three layers
