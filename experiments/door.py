@@ -19,9 +19,13 @@ def launch(main: Callable[[Any, Path], dict[str, Any]], doc: str) -> None:
     """Run `main(config, workdir)`, with --config, --workdir and overrides of any field; `doc` is the --help text."""
 
     def program() -> dict[str, Any]:
-        if _CONFIG.value is None:
+        # An unreadable config is stored as an error that any access raises; look at the file first.
+        name = config_flags.get_config_filename(flags.FLAGS["config"]) if flags.FLAGS["config"].present else ""
+        if not name:
             raise ValueError("--config=FILE is missing; --help shows an example")
-        workdir = _WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"]))
+        if not Path(name.split(":")[0]).is_file():
+            raise FileNotFoundError(f"config {name} does not exist; see configs/")
+        workdir = _WORKDIR.value or default_workdir(name)
         return main(_CONFIG.value, Path(workdir))
 
     _run(program, doc, "--config=FILE.py  --workdir=FOLDER  --config.section.field=value (any field of the config)")

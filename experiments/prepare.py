@@ -98,6 +98,8 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     for row in rows:
         if row["reasons"]:
             report.drop(row)
+    if not report.documents_in:
+        raise ValueError(f"the corpus is empty: no document in {', '.join(settings.domains)}; check the sources' paths")
     if not kept:
         raise ValueError(f"nothing is left of {report.documents_in} documents: {dict(report.dropped)}; loosen the profile")
     left = _decontaminate(kept, protected, chosen.contamination)

@@ -124,12 +124,13 @@ def record(config: Any, task: Any, workdir: Path) -> dict[str, Any]:
     found = banks.split(task, bank, **config.record.split.to_dict())
     run.write_json(task.folder / banks.SPLIT_FILE, found)
     shape = run.build(banks.Shape, config.shape.to_dict(), "config.shape")
+    test_shape = run.build(banks.Shape, config.record.test_shape.to_dict(), "config.record.test_shape")
     limits = run.build(checks.Limits, config.checks.to_dict(), "config.checks")
     sets = {}
     for kind, paths in (("test", task.test_sets), ("dev", task.dev_sets)):
         for name, path in paths.items():
             sets[path.name] = banks.conversations(
-                task, bank, banks.part(found, kind), name=f"{kind}-{name}", shape=shape, seed=config.record.split.seed
+                task, bank, banks.part(found, kind), name=f"{kind}-{name}", shape=test_shape, seed=config.record.split.seed
             )
             run.write_jsonl(path, sets[path.name])
     teacher = config.teachers.recorded

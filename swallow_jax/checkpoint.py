@@ -99,13 +99,9 @@ def open_model(path: str | Path, *, dtype: Any = None, mesh: Any = None, which: 
     losses = {s: json.loads((root / str(s) / "data" / "metadata").read_text())["heldout_loss"] for s in steps}
     step = steps[-1] if which == "last" else min(steps, key=lambda s: (losses[s], s))
     shapes, _ = llama.abstract_params(config, dtype or jax.numpy.float32)
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, hf.placements(config, mesh)
-    )
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, hf.placements(config, mesh))
     restore_args = jax.tree.map(lambda t: ocp.ArrayRestoreArgs(dtype=t.dtype, sharding=t.sharding), target)
-    partial = ocp.args.PyTreeRestore(
-        item={"params": target}, restore_args={"params": restore_args}, partial_restore=True
-    )
+    partial = ocp.args.PyTreeRestore(item={"params": target}, restore_args={"params": restore_args}, partial_restore=True)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(root, options=options) as manager:
         restored = manager.restore(step, args=ocp.args.Composite(state=partial))

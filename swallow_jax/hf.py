@@ -16,7 +16,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from swallow_jax import llama, mesh as meshes, run
+from swallow_jax import gguf_files, llama, run
+from swallow_jax import mesh as meshes
 from swallow_jax.llama import LlamaConfig, Params, RopeScaling
 
 # Our path -> HF's name; `{i}` is the layer.
@@ -34,22 +35,6 @@ NAMES: dict[tuple[str, ...], str] = {
     ("norm",): "model.norm.weight",
     ("lm_head",): "lm_head.weight",
 }
-# llama.cpp's names for the same tensors (gguf-py, MODEL_ARCH.LLAMA).
-_GGUF = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "model.layers.": "blk.",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _SHARD_BYTES = 5_000_000_000
@@ -64,7 +49,7 @@ def read_config(path: str | os.PathLike) -> LlamaConfig:
     """The model config of an HF folder or of a GGUF file; what this model cannot compute is refused by name."""
     path = Path(path)
     if path.suffix == ".gguf":
-        return _gguf_config(_gguf_reader(path))
+        return gguf_files.read_config(path)
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give an HF model folder with config.json")
@@ -162,7 +147,7 @@ def load(path: str | os.PathLike, *, dtype: Any = None, mesh: Any = None) -> tup
     """
     path = Path(path)
     config = read_config(path)
-    tensors = _gguf_tensors(path, config) if path.suffix == ".gguf" else open_tensors(path)
+    tensors = gguf_files.open_tensors(path, config) if path.suffix == ".gguf" else open_tensors(path)
     shapes, _ = llama.abstract_params(config, np.float32)
     wanted = {name: shape for name, _, shape in _items(shapes)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -294,8 +279,20 @@ def save(
             file = Path(source_folder) / "config.json"
             before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             raw = {**before, **raw} if dtype != "source" else {**raw, **before, **_rope_fields(raw)}
-            if (source := Path(source_folder) / "tokenizer.json").is_file() or list(source.parent.glob("*.model")):
+            if Path(source_folder).suffix == ".gguf":
+                gguf_files.write_tokenizer(Path(source_folder), temporary)
+            elif (source := Path(source_folder) / "tokenizer.json").is_file() or list(source.parent.glob("*.model")):
                 text.copy_tokenizer(source_folder, temporary)
+            if (temporary / "tokenizer.json").is_file() and not (temporary / "generation_config.json").is_file():
+                # Without it transformers and vLLM would not stop at the chat template's end of turn.
+                tokenizer = text.load_tokenizer(temporary)
+                ids = {
+                    "bos_token_id": tokenizer.bos_id,
+                    "eos_token_id": list(tokenizer.eos_ids),
+                    "pad_token_id": tokenizer.pad_id,
+                }
+                run.write_json(temporary / "generation_config.json", ids)
+                raw = {**raw, "bos_token_id": ids["bos_token_id"], "eos_token_id": ids["eos_token_id"]}
         run.write_json(temporary / "config.json", raw)
         os.replace(temporary, folder)
     finally:
@@ -379,77 +376,3 @@ def _map_leaves(make: Callable, shapes: Params, *trees: Any) -> Params:
 
 def _bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).view(np.uint8)
-
-
-# GGUF.
-
-
-def _gguf_reader(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(f"reading {path.name} needs the gguf package: pip install 'swallow_jax[demo]'") from None
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: not a whole GGUF file ({error})") from None
-
-
-def gguf_field(reader: Any, name: str) -> Any:
-    """The value of a GGUF metadata field, or None."""
-    field = reader.fields.get(name)
-    return None if field is None else field.contents()
-
-
-def _gguf_config(reader: Any) -> LlamaConfig:
-    if (architecture := gguf_field(reader, "general.architecture")) != "llama":
-        raise ValueError(f"GGUF architecture {architecture!r}; this model computes llama only")
-    names = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
-    if "rope_freqs.weight" in names:
-        raise ValueError("this GGUF carries llama3 RoPE factors as a tensor, which lose the checkpoint's constants; import the HF folder")
-    get = lambda key: gguf_field(reader, f"llama.{key}")  # noqa: E731
-    heads, size = int(get("attention.head_count")), int(get("embedding_length"))
-    return LlamaConfig(
-        vocab_size=names["token_embd.weight"][1],
-        hidden_size=size,
-        intermediate_size=int(get("feed_forward_length")),
-        num_layers=int(get("block_count")),
-        num_heads=heads,
-        num_kv_heads=int(get("attention.head_count_kv") or heads),
-        head_dim=int(get("attention.key_length") or size // heads),
-        rope_theta=float(get("rope.freq_base") or 10000.0),
-        rope_scaling=None,
-        rms_norm_eps=_short(float(get("attention.layer_norm_rms_epsilon"))),
-        tie_word_embeddings="output.weight" not in names,
-        max_position_embeddings=int(get("context_length")),
-    )
-
-
-def _short(x: float) -> float:
-    """GGUF keeps float32: 9.999999747378752e-06 was written as 1e-05 in config.json."""
-    return float(str(np.float32(x)))
-
-
-def _gguf_tensors(path: Path, config: LlamaConfig) -> Tensors:
-    """Readers by HF name, dequantised to float32; q and k are put back from llama.cpp's interleaved RoPE order."""
-    import gguf
-
-    reader = _gguf_reader(path)
-    back = {}
-    for hf_name in (name.format(i=i) for name in NAMES.values() for i in range(config.num_layers)):
-        ours = hf_name
-        for a, b in _GGUF.items():
-            ours = ours.replace(a, b)
-        back[ours] = hf_name
-
-    def read(tensor: Any, name: str) -> np.ndarray:
-        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
-        if heads is not None:
-            out, into = value.shape
-            value = value.reshape(heads, out // heads // 2, 2, into).swapaxes(1, 2).reshape(out, into)
-        return value
-
-    return {back.get(t.name, t.name): (lambda t=t: read(t, t.name)) for t in reader.tensors}

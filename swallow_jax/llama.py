@@ -59,7 +59,7 @@ class Compute:
     dtype: str  # "float32" | "bfloat16": matmul inputs; norms, softmax and logits are float32 either way
     remat: str  # "none" | "dots" | "full"
     scan_layers: bool  # one compiled layer (scan) or all of them unrolled: scan compiles faster, unrolled runs faster on CPU
-    attention: str
+    attention: str  # backend: see attention.py
 
 
 class Block(nnx.Module):
@@ -101,7 +101,8 @@ class Block(nnx.Module):
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
         # Query head n reads key-value head n // G: neighbours share one (HF repeat_kv), so K comes first.
         q_BTKGH = q_BTNH.reshape(B, T, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-        if cache is None:
+        fresh = cache is None
+        if fresh:
             k_positions_BS = positions_BT
         else:
             rows = jnp.arange(B)[:, None]
@@ -115,8 +116,8 @@ class Block(nnx.Module):
             v_BTKH.astype(q_BTKGH.dtype),
             q_positions_BT=positions_BT,
             k_positions_BS=k_positions_BS,
-            q_segments_BT=segments_BT,
-            k_segments_BS=segments_BT,
+            segments_BT=segments_BT,
+            aligned=fresh,
             backend=backend,
         )
         x_BTD = x_BTD + _matmul(a_BTKGH.reshape(B, T, -1), self.o[...])
@@ -160,7 +161,7 @@ def unstack_layers(params: Params) -> Params:
     if isinstance(params["layers"], list):
         return params
     count = jax.tree.leaves(params["layers"])[0].shape[0]
-    return {**params, "layers": [jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(count)]}
+    return {**params, "layers": [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)]}
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> dict[str, list[jax.Array]]:

@@ -133,9 +133,11 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         elif typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             return tuple(value)
-        elif option is Any or typing.get_origin(option) is not None:
-            return value
-        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+        elif (
+            option is Any
+            or typing.get_origin(option) is not None
+            or (isinstance(value, option) and (option is bool or not isinstance(value, bool)))
+        ):
             return value
     names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise ValueError(f"{where}: {value!r} is {type(value).__name__}, {names} is wanted")
@@ -167,7 +169,9 @@ class Run:
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Record the result; from now on the folder counts as whole."""
         started = self.manifest["started_at"]
-        self.note(result=result, finished_at=_now(), seconds=round(time.time() - self.manifest["started_unix"], 1), started_at=started)
+        self.note(
+            result=result, finished_at=_now(), seconds=round(time.time() - self.manifest["started_unix"], 1), started_at=started
+        )
         return result
 
 

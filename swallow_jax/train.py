@@ -5,6 +5,7 @@ accumulation and meshes do not change what is minimised. Batches arrive from an 
 `tokens`, `segments` (0 = padding), `positions` (inside the document) and `weights` (of a token as a target).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from swallow_jax import hf, llama, mesh as meshes
+from swallow_jax import hf, llama
+from swallow_jax import mesh as meshes
 from swallow_jax.checkpoint import Checkpoints
 from swallow_jax.llama import Compute, LlamaConfig, Params
 from swallow_jax.run import Metrics, Run
@@ -48,9 +49,7 @@ def loss_sums(
 
     The last token of a document predicts nothing: a target counts only when it lies in its query's segment.
     """
-    hidden_BTD, _ = llama.forward(
-        params, config, compute, batch["tokens"], batch["positions"], segments_BT=batch["segments"]
-    )
+    hidden_BTD, _ = llama.forward(params, config, compute, batch["tokens"], batch["positions"], segments_BT=batch["segments"])
     tokens, segments = batch["tokens"], batch["segments"]
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     weights_BT = jnp.where(same, batch["weights"][:, 1:].astype(jnp.float32), 0.0)
@@ -85,9 +84,7 @@ def train_step(
     state: State, batch: Batch, *, config: LlamaConfig, compute: Compute, train: TrainConfig, optimizer: Any
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimiser step; metrics `loss` (nats a target), `grad_norm`, `update_norm`, `targets`, `tokens`."""
-    objective = jax.value_and_grad(
-        lambda params, part: loss_sums(params, config, compute, train, part), has_aux=True
-    )
+    objective = jax.value_and_grad(lambda params, part: loss_sums(params, config, compute, train, part), has_aux=True)
     params = state["params"]
     if train.micro_batches == 1:
         (loss, weight), grads = objective(params, batch)
@@ -140,11 +137,10 @@ def fit(
     `open_batches(step)` starts the stream at that step; `data` names the mixture and is compared on resume. Raises
     ValueError when a loss is not finite (naming the steps) or the data is not what the checkpoint was made with.
     """
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         axes = llama.abstract_params(config, jnp.float32)[1]
-        params = jax.tree.map(
-            lambda leaf, names: jax.device_put(leaf, meshes.sharding(mesh, names)), params, axes, is_leaf=lambda x: False
-        )
+        params = jax.tree.map(lambda leaf, names: jax.device_put(leaf, meshes.sharding(mesh, names)), params, axes)
         state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params)
         first = 0
         if (step := checkpoints.latest_step()) is not None:
@@ -159,7 +155,7 @@ def fit(
             functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer), donate_argnums=0
         )
         eval_fn = jax.jit(lambda params, batch: loss_sums(params, config, compute, train, batch))
-        metrics = Metrics(run.folder / "metrics.jsonl", from_step=first)
+        metrics = stack.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl", from_step=first)))
         progress = _Progress(first, train.steps, train.log_every)
         peak = meshes.peak_flops(compute.dtype)
         stop = _StopSignal()
@@ -196,7 +192,6 @@ def fit(
                 checkpoints.close()
                 print(f"asked to stop: saved step {step} of {train.steps}; the same command goes on from there", flush=True)
                 sys.exit(0)
-        metrics.close()
         checkpoints.close()
         return {
             "steps": train.steps,

@@ -29,9 +29,7 @@ LLAMA31 = LlamaConfig(
     tie_word_embeddings=False,
     max_position_embeddings=131072,
 )
-LLAMA32_TIED = dataclasses.replace(
-    LLAMA31, tie_word_embeddings=True, rope_scaling=dataclasses.replace(LLAMA31_ROPE, factor=32.0)
-)
+LLAMA32_TIED = dataclasses.replace(LLAMA31, tie_word_embeddings=True, rope_scaling=dataclasses.replace(LLAMA31_ROPE, factor=32.0))
 LLAMA3_FP16 = dataclasses.replace(LLAMA31, rope_scaling=None)
 MQA = dataclasses.replace(LLAMA31, num_kv_heads=1)
 KINDS = {"llama31": LLAMA31, "llama32_tied": LLAMA32_TIED, "llama3_fp16_shards": LLAMA3_FP16, "mqa": MQA}

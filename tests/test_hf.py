@@ -110,7 +110,8 @@ def test_truncated_and_missing_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("model_type", "mamba"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_parameters", {"rope_type": "yarn"})]
+    ("field", "value"),
+    [("model_type", "mamba"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_parameters", {"rope_type": "yarn"})],
 )
 def test_what_the_model_cannot_compute_is_refused(field, value):
     with pytest.raises(ValueError, match=str(value) if field != "rope_parameters" else "yarn|rope_theta"):
@@ -136,7 +137,11 @@ def test_config_keeps_head_dim_and_scaling():
 def write_safetensors(file, tensors):
     header, offset = {}, 0
     for name, value in tensors.items():
-        header[name] = {"dtype": hf._CODES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes]}
+        header[name] = {
+            "dtype": hf._CODES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + value.nbytes],
+        }
         offset += value.nbytes
     blob = json.dumps(header).encode()
     file.write_bytes(len(blob).to_bytes(8, "little") + blob + b"".join(hf._bits(v).tobytes() for v in tensors.values()))

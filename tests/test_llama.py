@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swallow_jax import llama
+from swallow_jax import attention, llama
 from tests.helpers import FLOAT32, LLAMA31, LLAMA32_TIED, MQA, model_logits, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, 512, (2, 24))
@@ -88,12 +88,21 @@ def test_padding_rows_stay_finite():
     assert np.isfinite(model_logits(params, LLAMA31, zeros, segments=zeros, positions=zeros)).all()
 
 
-def test_long_rows_go_block_by_block_with_the_same_result(monkeypatch):
+@pytest.mark.parametrize("backend", ["xla", "rows"])
+def test_backends_and_block_sizes_give_the_same_result_and_isolate(backend, monkeypatch):
     params = random_params(LLAMA31)
-    whole = model_logits(params, LLAMA31, TOKENS)
-    monkeypatch.setattr("swallow_jax.attention.QUERY_BLOCK", 8)
+    segments = jnp.asarray([[1] * 9 + [2] * 11 + [0] * 4] * 2)
+    positions = jnp.asarray([[*range(9), *range(11), *[0] * 4]] * 2)
+    whole = model_logits(params, LLAMA31, TOKENS, segments=segments, positions=positions)
+    monkeypatch.setitem(attention._BLOCKS, backend, 10)  # 24 positions: two whole blocks and a shorter one
     jax.clear_caches()
-    np.testing.assert_allclose(model_logits(params, LLAMA31, TOKENS), whole, atol=2e-5)
+    compute = dataclasses.replace(FLOAT32, attention=backend)
+    got = model_logits(params, LLAMA31, TOKENS, compute, segments=segments, positions=positions)
+    np.testing.assert_allclose(got, whole, atol=2e-5)
+    other = TOKENS.copy()
+    other[:, :9] = 511 - other[:, :9]
+    moved = model_logits(params, LLAMA31, other, compute, segments=segments, positions=positions)
+    assert np.array_equal(moved[:, 9:20], got[:, 9:20]) and not np.array_equal(moved[:, :9], got[:, :9])
 
 
 def test_rope_scaling_blends_between_the_two_wavelengths():
@@ -110,7 +119,14 @@ def test_rope_scaling_blends_between_the_two_wavelengths():
 def test_parameter_counts_and_flops_are_the_published_ones():
     """Llama 3.1 8B: 8,030,261,248 parameters; 51.47 GFLOP a token at 8,192 tokens, attention counted causally."""
     eight = dataclasses.replace(
-        LLAMA31, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
+        LLAMA31,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
     )
     assert llama.parameter_count(eight) == (8_030_261_248, 7_504_924_672)
     assert llama.train_flops_per_token(eight, 8192) == pytest.approx(51.47e9, rel=1e-3)

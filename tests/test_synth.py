@@ -23,7 +23,7 @@ LIMITS = checks.Limits(
     near_duplicate=0.8,
     test_turns="all",
 )
-SHAPE = banks.Shape(min_turns=6, max_turns=14, min_chars=100, max_chars=600, max_distractors=1)
+SHAPE = banks.Shape(min_turns=6, max_turns=14, min_chars=100, max_chars=600, max_distractors=1, excerpt_share=0.0)
 TASK_YAML = """
 id: returns
 version: v1

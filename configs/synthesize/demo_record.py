@@ -24,5 +24,8 @@ def get_config() -> ConfigDict:
         }
     )
     config.teachers.recorded.quotas.train_pairs = 112  # demo.py takes the first 80; up to here it may take more
+    config.record.test_shape = ConfigDict(
+        {"min_turns": 6, "max_turns": 10, "min_chars": 150, "max_chars": 300, "max_distractors": 1, "excerpt_share": 0.0}
+    )
     config.record.provenance = "banks/*.jsonl, assembled by synth/banks.py"
     return config

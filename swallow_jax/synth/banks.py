@@ -49,6 +49,7 @@ class Shape:
     min_chars: int
     max_chars: int
     max_distractors: int  # compliant exchanges of other categories
+    excerpt_share: float  # of the conversations: only the carrying exchange and at most one beside it, as in a short call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,7 @@ def assemble(
     entry = banks.items[category][item]
     unsaid = _unsaid(entry, product, task)
     for _ in range(_ATTEMPTS):
-        exchanges, used = _draw_exchanges(rng, banks, part, category, product, position, shape.max_distractors, unsaid)
+        exchanges, used = _draw_exchanges(rng, banks, part, category, product, position, shape, unsaid)
         twins = {}
         for variant, field in (("violation", "violating"), ("compliant", "compliant")):
             turns, carrier = _lay(task, exchanges, entry, field)
@@ -286,7 +287,7 @@ def record(
     return lines
 
 
-def _draw_exchanges(rng, banks: Banks, part: Part, category: str, product: str, position, max_distractors: int, unsaid):
+def _draw_exchanges(rng, banks: Banks, part: Part, category: str, product: str, position, shape: Shape, unsaid):
     """Exchanges in order, None standing for the carrying one, and the ids of all the others."""
     stages = [*_REQUIRED, *rng.sample(_OPTIONAL, rng.randint(0, 2))]
     neutral = {i: banks.neutral[i] for i in part.neutral if banks.neutral[i]["product"] in (product, "any")}
@@ -308,9 +309,13 @@ def _draw_exchanges(rng, banks: Banks, part: Part, category: str, product: str, 
         items = {i: banks.items[c][i] for i in part.items[c] if banks.items[c][i]["product"] in (product, "any")}
         others += [i for i, item in items.items() if not _says(item["customer"] + item["compliant"], unsaid)]
     by_id = {i: item for items in banks.items.values() for i, item in items.items()}
-    for i in rng.sample(others, min(len(others), rng.randint(0, max_distractors))):
+    for i in rng.sample(others, min(len(others), rng.randint(0, shape.max_distractors))):
         exchanges.insert(rng.randrange(1, len(exchanges)), (by_id[i], "compliant"))
         chosen.append(i)
+    if shape.excerpt_share and rng.random() < shape.excerpt_share:
+        at = exchanges.index(None)
+        first = at - rng.randint(0, 1)
+        exchanges = exchanges[first : at + 1]
     return exchanges, chosen
 
 
