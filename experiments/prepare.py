@@ -99,7 +99,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         if row["reasons"]:
             report.drop(row)
     if not report.documents_in:
-        raise ValueError(f"the corpus is empty: no document in {', '.join(settings.domains)}; check the sources' paths")
+        raise ValueError(f"the corpus is empty: check the sources of the domain and their paths")
     if not kept:
         raise ValueError(f"nothing is left of {report.documents_in} documents: {dict(report.dropped)}; loosen the profile")
     left = _decontaminate(kept, protected, chosen.contamination)

@@ -92,7 +92,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     kind, cut = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ValueError(
-            f"{path}: tokenizer model {kind!r}; only byte-level BPE ('gpt2') is converted, take the HF folder's files"
+            f"{path}: tokenizer model {kind!r}; only byte-level BPE is converted; take the HF folder's files"
         )
     cuts = {
         "smollm": [
