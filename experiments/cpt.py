@@ -6,7 +6,7 @@ Reads an HF folder, GGUF file or run (`init`) and the shards that experiments.pr
 config, manifest, metrics.jsonl and checkpoints. The same command after a kill goes on from the last checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,24 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     """Train on `config.data.mixture`; returns the result (steps, loss, tokens_per_s, params_sha256, ...)."""
     mixture = [(str(folder), int(weight)) for folder, weight in config.data.mixture]
     if config.data.prepare and not (Path(config.data.heldout) / "index.json").is_file():
+        print(f"no shards at {config.data.heldout} yet: experiments.prepare {config.data.prepare} makes them first", flush=True)
         prepare.main(door.load_config(config.data.prepare), door.default_workdir(config.data.prepare))
     inputs = {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in mixture}
     inputs["heldout"] = Path(config.data.heldout) / "index.json"
+    check_inputs(inputs, made_by="experiments.prepare")
     job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init] if config.init else [])
     if job.finished:
         print(f"{workdir} is finished; nothing to do", flush=True)
         return job.result
     settings = {**config.train.to_dict(), "targets_per_row": 0}
     return train_model(config, job, mixture, config.data.heldout, run.build(train.TrainConfig, settings, "train"))
+
+
+def check_inputs(inputs: Mapping[str, str | Path], *, made_by: str) -> None:
+    """Every input file exists; the error names the program that makes it."""
+    for name, path in inputs.items():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{name}: {path} does not exist; run {made_by} first, or correct the path in config.data")
 
 
 def train_model(
@@ -43,6 +52,10 @@ def train_model(
     saving = run.build(checkpoint.CheckpointConfig, config.checkpoint.to_dict(), "checkpoint")
     devices = mesh.build(run.build(mesh.MeshConfig, config.mesh.to_dict(), "mesh"))
     batch_size = int(config.data.batch_size)
+    counts = {"data.batch_size": batch_size, "checkpoint.save_every": saving.save_every, "checkpoint.keep_last": saving.keep_last}
+    counts |= {f"train.{name}": getattr(training, name) for name in ("micro_batches", "eval_every", "log_every")}
+    if small := [f"{name}={value}" for name, value in counts.items() if value < 1]:
+        raise ValueError(f"{', '.join(small)}: at least 1 is wanted")
     if batch_size % (training.micro_batches * devices.shape["replica"] * devices.shape["fsdp"]):
         raise ValueError(
             f"data.batch_size={batch_size} does not divide into {training.micro_batches} micro-batches over"
@@ -67,7 +80,7 @@ def train_model(
             raise ValueError(
                 f"{folder} has rows of {index['row_length']} tokens, the model's limit is {shape.max_position_embeddings}"
             )
-    if not (job.folder / "model").is_dir():
+    if not (job.folder / "model" / "config.json").is_file():  # written last
         text.copy_tokenizer(source, job.folder / "model")
         run.write_json(job.folder / "model" / "config.json", hf.config_json(shape, "float32"))
     total, _ = llama.parameter_count(shape)

@@ -1,7 +1,9 @@
 """The door of every program: flags, config overrides, errors as one sentence, the result as the last line of output."""
 
+import inspect
 import json
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -50,23 +52,40 @@ def _run(program: Callable[[], dict[str, Any]], doc: str, usage: str) -> None:
     def body(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags look like --name=value")
-        logging.set_verbosity(logging.ERROR)  # Orbax narrates every file it writes
+        logging.set_verbosity(logging.FATAL)  # Orbax narrates every file it writes, and prints the traceback of a full disk
         _compilation_cache()
         print(json.dumps(program(), ensure_ascii=False), flush=True)
 
     try:
         app.run(body, flags_parser=lambda argv: flags.FLAGS(argv))
-    except flags.Error as error:
-        _stop(f"{error}")
-    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError) as error:
+    except KeyboardInterrupt:
         if os.environ.get("SWALLOW_TRACEBACK"):
             raise
-        _stop(str(error))
+        _stop("interrupted; the same command goes on from what is saved", code=130)
+    except flags.Error as error:
+        if os.environ.get("SWALLOW_TRACEBACK"):
+            raise
+        first, *rest = str(error).strip().splitlines()  # an error inside a config comes with its traceback; its last line tells
+        _stop(f"{first} {rest[-1]}; correct it, or set SWALLOW_TRACEBACK=1 to see where" if rest else first)
+    except SyntaxError as error:
+        if os.environ.get("SWALLOW_TRACEBACK"):
+            raise
+        _stop(f"{error.filename}:{error.lineno}: no Python ({error.msg}); a config is a .py file with get_config()")
+    except (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if os.environ.get("SWALLOW_TRACEBACK"):
+            raise
+        system = isinstance(error, OSError) and error.errno and error.filename
+        _stop(f"{error.filename}: {error.strerror}; correct the path or choose another" if system else str(error))
     except (KeyError, AttributeError, TypeError) as error:
         # ml_collections reports a misspelt or mistyped override with these; elsewhere they are bugs of ours.
         if os.environ.get("SWALLOW_TRACEBACK") or not _from_config(error):
             raise
-        _stop(f"config: {error.args[0] if error.args else error}")
+        words = str(error.args[0] if error.args else error)
+        field, guess = re.match(r"[\\\"']*(\w+)[\\\"']*(?:\n|\\n|$)", words), re.search(r'Did you mean "(\w+)"', words)
+        if field is None or isinstance(error, TypeError):
+            _stop(f"config: {words}")
+        hint = f"did you mean {guess[1]!r}?" if guess else "the config's file lists its fields, --help names one for this program"
+        _stop(f"the config has no field {field[1]!r}; {hint}")
     except OSError as error:
         if error.errno is None:
             raise
@@ -89,13 +108,15 @@ def default_workdir(config_file: str) -> Path:
     return Path("runs", *parts)
 
 
-def load_config(config_file: str) -> Any:
-    """The locked config of FILE or FILE:ARGUMENT, as the --config flag would give it."""
+def load_config(config_file: str, *, runs: str = "") -> Any:
+    """The locked config of FILE or FILE:ARGUMENT, as --config would give it; `runs` goes to a get_config that takes it."""
     name, _, argument = config_file.partition(":")
     if not Path(name).is_file():
-        raise FileNotFoundError(f"config {name} does not exist")
+        raise FileNotFoundError(f"config {name} does not exist; see configs/")
     get_config = runpy.run_path(name)["get_config"]
-    return (get_config(argument) if argument else get_config()).lock()
+    given = [argument] if argument else []
+    left = list(inspect.signature(get_config).parameters)[len(given) :]
+    return get_config(*given, **({"runs": runs} if runs and "runs" in left else {})).lock()
 
 
 def _compilation_cache() -> None:
@@ -109,6 +130,6 @@ def _compilation_cache() -> None:
             sys.modules["jax"].config.update(name.lower(), kind(os.environ[name]))
 
 
-def _stop(sentence: str) -> None:
+def _stop(sentence: str, *, code: int = 1) -> None:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(code)

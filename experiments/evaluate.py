@@ -73,6 +73,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     check(settings)
     task = load_task(settings.task)
     path = set_path(task, settings.test_set)
+    check_files(settings, task, path)
     conversations = read_conversations(path, task)
     if not conversations:
         raise ValueError(f"{path} holds no conversation; an evaluation needs at least one")
@@ -200,6 +201,16 @@ def check(settings: Settings) -> None:
             if entry[side] not in names:
                 raise ValueError(f"{where}: {entry[side]!r} is no model of this config; there are {', '.join(names)}")
         metrics.metric(entry["metric"])
+
+
+def check_files(settings: Settings, task: Task, test_set: Path) -> None:
+    """The files and folders that the config and the task name exist; the error says where the name stands."""
+    wanted = [(f"config.test_set (named in {task.folder / 'task.yaml'})", test_set)]
+    wanted += [("config.training", file) for file in settings.training]
+    wanted += [(f"config.models {title(e)!r}", e["path"]) for e in settings.models if e["kind"] in ("hf", "run", "recorded")]
+    for name, path in wanted:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{name}: {path} does not exist; make it first, or correct the path")
 
 
 def title(entry: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
     python -m experiments.pipeline --config=configs/pipeline/demo.py --workdir=runs/demo
 
 A stage is {name, program, config}: a program of experiments/ and the config it runs with; its folder is WORKDIR/name. A finished
-stage with the same config and inputs is skipped; one whose inputs have changed stops the pipeline and names them.
+stage with the same config and inputs is skipped; one whose inputs have changed stops the pipeline and names them. A config that
+takes `runs`, the folder where the stages before it wrote, is given WORKDIR.
 """
 
 import importlib
@@ -28,7 +29,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
             raise ValueError(f"stage {stage['name']}: unknown program {stage['program']!r}; known: {', '.join(PROGRAMS)}")
     if len({stage["name"] for stage in stages}) < len(stages):
         raise ValueError(f"two stages have one name: {[stage['name'] for stage in stages]}")
-    configs = [door.load_config(stage["config"]) for stage in stages]
+    configs = [door.load_config(stage["config"], runs=str(workdir)) for stage in stages]
 
     results, seconds = {}, {}
     for number, (stage, settings) in enumerate(zip(stages, configs, strict=True), 1):
@@ -37,6 +38,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         program = importlib.import_module(f"experiments.{stage['program']}")
         results[stage["name"]] = program.main(settings, workdir / stage["name"])
         seconds[stage["name"]] = round(time.perf_counter() - began, 1)
+        print(f"-- {stage['name']}: {seconds[stage['name']]} s", flush=True)
     run.write_json(workdir / "pipeline.json", {"config": config.to_dict(), "results": results, "seconds": seconds})
     return {"stages": len(stages), "seconds": round(sum(seconds.values()), 1), "last": results[stages[-1]["name"]]}
 

@@ -99,7 +99,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         if row["reasons"]:
             report.drop(row)
     if not report.documents_in:
-        raise ValueError(f"the corpus is empty: check the sources of the domain and their paths")
+        raise ValueError("the corpus is empty: check the sources of the domain and their paths")
     if not kept:
         raise ValueError(f"nothing is left of {report.documents_in} documents: {dict(report.dropped)}; loosen the profile")
     left = _decontaminate(kept, protected, chosen.contamination)
@@ -123,6 +123,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         "tokens": sum(index["tokens"] for index in indices.values()),
         "rows": {name: index["rows"] for name, index in indices.items()},
     }
+    print(f"{result['kept']:,} of {report.documents_in:,} documents kept, {result['tokens']:,} tokens", flush=True)
     run.write_jsonl(job.folder / "dropped.jsonl", report.dropped_rows)
     run.write_json(job.folder / "report.json", result | report.details())
     job.note(licences=report.licences, tokenizer_sha256=tokenizer.sha256)

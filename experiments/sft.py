@@ -17,9 +17,15 @@ from swallow_jax.data import packing, shards
 
 def main(config: Any, workdir: Path) -> dict[str, Any]:
     """Pack the samples, then train for `config.epochs`; returns the same result as CPT, and the number of samples."""
+    for name in ("batch_size", "samples_weight", "row_length"):
+        if config.data[name] < 1:
+            raise ValueError(f"data.{name}={config.data[name]}: at least 1 is wanted")
     inputs = {"samples": config.data.samples, "heldout_samples": config.data.heldout_samples}
     replay = [(str(folder), int(weight)) for folder, weight in config.data.replay]
-    inputs |= {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in replay}
+    shard_files = {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in replay}
+    cpt.check_inputs(inputs, made_by="experiments.synthesize")
+    cpt.check_inputs(shard_files, made_by="experiments.prepare")
+    inputs |= shard_files
     job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init])
     if job.finished:
         print(f"{workdir} is finished; nothing to do", flush=True)
@@ -36,6 +42,8 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     steps = math.ceil(config.epochs * index["rows"] / share / config.data.batch_size)
     heldout = job.folder / "data" / "heldout_samples"
     targets = 0 if replay else max(most_targets(packed), most_targets(heldout))
+    if chunk := config.train.loss_chunk:  # whole chunks
+        targets = min(config.data.row_length, math.ceil(targets / chunk) * chunk)
     job.note(samples=index["sources"])
     settings = {**config.train.to_dict(), "steps": steps, "targets_per_row": targets}
     return cpt.train_model(config, job, mixture, str(heldout), run.build(train.TrainConfig, settings, "train"))
@@ -50,10 +58,14 @@ def most_targets(folder: Path) -> int:
 def pack(samples: Path, folder: Path, tokenizer: text.Tokenizer, row_length: int, train_on: str) -> None:
     """Tokenise and pack chat samples into shards; a sample longer than a row is an error that names it."""
     tokenised = []
-    for number, row in enumerate(run.iter_jsonl(samples), 1):
-        if not isinstance(row.get("messages"), list):
+    for number, row in run.numbered_jsonl(samples):
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"{samples}:{number}: no `messages`; a chat sample is {{'id', 'messages': [{{'role', 'content'}}]}}")
-        tokenised.append(tokenizer.chat_sample(row["messages"], train_on=train_on))
+        try:
+            tokenised.append(tokenizer.chat_sample(messages, train_on=train_on))
+        except ValueError as error:
+            raise ValueError(f"{samples}:{number}: {error}") from None
         if (length := len(tokenised[-1][0])) > row_length:
             raise ValueError(f"{samples}:{number}: {length} tokens do not fit data.row_length={row_length}; raise it or shorten")
     if not tokenised:

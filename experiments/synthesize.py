@@ -24,6 +24,10 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     task = load_task(config.task)
     if config.record is not None:
         return record(config, task, workdir)
+    for name, section in config.teachers.items():
+        path = section.backend.get("path")
+        if path and not Path(path).exists():
+            raise FileNotFoundError(f"config.teachers.{name}.backend.path: {path} does not exist; correct it")
     files = {f"{name}.backend": path for name, section in config.teachers.items() for path in _files(section.backend)}
     job = run.open_run(workdir, config.to_dict(), inputs={"task": config.task, **files})
     if job.finished:

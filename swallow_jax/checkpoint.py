@@ -5,7 +5,11 @@ run); else random weights. A run folder holds `model/` (config.json and tokenize
 `checkpoints/<step>/`; Orbax renames a step's folder when it is whole, so a killed save is never taken for one.
 """
 
+import contextlib
 import dataclasses
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +57,8 @@ class Checkpoints:
         """Save `state` and the data position after `step`; returns while the files are still being written."""
         data = {**data, "heldout_loss": heldout_loss}
         args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), data=self._ocp.args.JsonSave(data))
-        self._manager.save(step, args=args, metrics={"heldout_loss": heldout_loss}, force=True)
+        with self._writing():
+            self._manager.save(step, args=args, metrics={"heldout_loss": heldout_loss}, force=True)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data position) of a step; `abstract` carries shapes, dtypes and the placement wanted now."""
@@ -63,14 +68,29 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk as OSError: Orbax gives the error of its writing thread, a ValueError of many lines, to the next call."""
+        try:
+            yield
+        except ValueError as error:
+            if (found := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(self._manager.directory)) from None
 
 
 def model_folder(path: str | Path) -> Path:
     """The folder with config.json and tokenizer of a model given as an HF folder, a GGUF file's folder or a run folder."""
     path = Path(path)
     if path.is_file():
+        if not (path.parent / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{path} has no tokenizer files beside it; python -m tools.export --run={path} --out=DIR, and give DIR"
+            )
         return path.parent
     inner = path / "model"
     if (inner / "config.json").is_file():

@@ -42,6 +42,9 @@ def read_config(path: Path) -> LlamaConfig:
     def get(key: str) -> Any:
         return _field(reader, f"llama.{key}")
 
+    if (scaling := get("rope.scaling.type")) not in (None, "none"):
+        raise ValueError(f"{path}: RoPE scaling {scaling!r} is not computed for GGUF files; import the HF folder")
+
     heads, size = int(get("attention.head_count")), int(get("embedding_length"))
     # GGUF keeps float32: 9.999999747378752e-06 was 1e-05 in config.json.
     eps = float(str(np.float32(get("attention.layer_norm_rms_epsilon"))))
@@ -91,9 +94,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     reader = _open(path)
     kind, cut = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
     if kind != "gpt2":
-        raise ValueError(
-            f"{path}: tokenizer model {kind!r}; only byte-level BPE is converted; take the HF folder's files"
-        )
+        raise ValueError(f"{path}: tokenizer model {kind!r}; only byte-level BPE is converted; take the HF folder's files")
     cuts = {
         "smollm": [
             pre_tokenizers.Digits(individual_digits=True),

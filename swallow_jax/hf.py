@@ -4,6 +4,7 @@ Nothing is transposed or rescaled, so import followed by export gives the same b
 one tensor (or a device's slice of it) at a time; every tensor is consumed exactly once, an unknown one is refused.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -67,7 +68,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
         if (value := raw.get(field, wanted)) != wanted:
             raise ValueError(f"{where}: {field} is {value!r}; this model computes {wanted!r} only")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
-    if missing := [f for f in required if f not in raw]:
+    if missing := [f for f in required if raw.get(f) is None]:
         raise ValueError(f"{where}: missing {', '.join(missing)}")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
     if rope.get("rope_theta", raw.get("rope_theta")) is None:
@@ -75,6 +76,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> LlamaConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     scaling = None
     if kind == "llama3":
+        if missing := [f.name for f in dataclasses.fields(RopeScaling) if rope.get(f.name) is None]:
+            raise ValueError(f"{where}: the llama3 rope scaling lacks {', '.join(missing)}; take it from the original checkpoint")
         scaling = RopeScaling(
             factor=float(rope["factor"]),
             low_freq_factor=float(rope["low_freq_factor"]),
@@ -196,7 +199,10 @@ def open_tensors(folder: str | os.PathLike) -> Tensors:
         raise FileNotFoundError(f"model folder {folder} does not exist")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
+            raise ValueError(f"{index}: truncated, or no index of weights; download it again") from None
         files = sorted(set(weight_map.values()))
     else:
         weight_map, files = None, ["model.safetensors"]

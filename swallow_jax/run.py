@@ -63,17 +63,23 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Rows of a JSON-lines file, one at a time."""
-    with open(path, encoding="utf-8") as f:
+    return (row for _, row in numbered_jsonl(path))
+
+
+def numbered_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a JSON-lines file, one at a time; blank lines count, but give no row."""
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from None
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                raise ValueError(f"{path}:{number}: not JSON ({reason}); mend or remove the line") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: a JSON object is wanted, this is {type(row).__name__}")
-            yield row
+            yield number, row
 
 
 def sha256_file(path: str | os.PathLike) -> str:
@@ -94,7 +100,7 @@ def sha256_path(path: str | os.PathLike) -> str:
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"input {path} does not exist")
+        raise FileNotFoundError(f"input {path} does not exist; make it first, or correct the path in the config")
     manifest = path / "manifest.json"
     if manifest.is_file():  # a run folder: its manifest already names its inputs and result
         return sha256_file(manifest)
@@ -191,22 +197,28 @@ def open_run(
     hashes = {name: {"path": str(path), "sha256": sha256_path(path)} for name, path in inputs.items()}
     lineage = {str(path): sha256_path(path) for path in parents}
     existing = folder / "manifest.json"
-    if existing.is_file():
-        manifest = json.loads(existing.read_text(encoding="utf-8"))
+    others = {p.name for p in folder.iterdir() if not p.name.startswith(".")} if folder.is_dir() else set()
+    if not existing.is_file() and others - {"config.json"}:
+        raise ValueError(f"{folder} is not empty and holds no manifest.json; choose another --workdir")
+    if "config.json" in others:  # alone: a run killed between its first two files
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if difference := _difference(before, config):
             raise ValueError(f"{folder} holds another config ({difference}); choose another --workdir or remove the folder")
+    if existing.is_file():
+        manifest = json.loads(existing.read_text(encoding="utf-8"))
+        for path, sha256 in lineage.items():
+            if manifest["parents"].get(path) != sha256:
+                raise ValueError(f"{folder} was made from another {path} (it has changed since); choose another --workdir")
         for name, entry in hashes.items():
             if manifest["inputs"].get(name, {}).get("sha256") != entry["sha256"]:
                 raise ValueError(f"{folder} was made from another {name} ({entry['path']} has changed); choose another --workdir")
         return Run(folder, manifest)
-    if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-        raise ValueError(f"{folder} is not empty and holds no manifest.json; choose another --workdir")
     write_json(folder / "config.json", config)
     manifest = {
         "format_version": FORMAT_VERSION,
         "inputs": hashes,
         "parents": lineage,
+        "licences": sorted({licence for path in [*inputs.values(), *lineage] for licence in _licences(Path(path))}),
         "git_commit": _git_commit(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
@@ -231,6 +243,7 @@ class Metrics:
                 if line.endswith("\n") and json.loads(line)["step"] <= from_step:
                     kept.append(line)
         write_text(path, "".join(kept))
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
 
     def write(self, step: int, **values: Any) -> None:
@@ -264,6 +277,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (Path, frozenset, set)):
         return str(value) if isinstance(value, Path) else sorted(value)
     raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON")
+
+
+def _licences(path: Path) -> list[str]:
+    """What the run that made this file or folder inherited or declared."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "manifest.json").is_file():
+            return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("licences", [])
+    return []
 
 
 def _now() -> str:

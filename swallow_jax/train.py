@@ -118,6 +118,19 @@ def init_state(params: Params, optimizer: Any) -> State:
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
 
+def state_placements(abstract: State, params: Params, optimizer: Any, mesh: Mesh) -> State:
+    """The sharding of each leaf of a state: moments lie where their parameters lie, counters everywhere.
+
+    Left to the compiler they start replicated and move at the first step: more memory, two compilations, and a resumed
+    run whose first step is another program than the straight run's.
+    """
+    places, everywhere = jax.tree.map(lambda p: p.sharding, params), meshes.sharding(mesh, ())
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, place: place, abstract["opt_state"], places, transform_non_params=lambda _: everywhere
+    )
+    return {"params": places, "opt_state": moments, "step": everywhere}
+
+
 def fit(
     params: Params,
     config: LlamaConfig,
@@ -139,9 +152,12 @@ def fit(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        stack.callback(checkpoints.close)  # also when a step fails: the save under way must end
         axes = llama.abstract_params(config, jnp.float32)[1]
         params = jax.tree.map(lambda leaf, names: jax.device_put(leaf, meshes.sharding(mesh, names)), params, axes)
-        state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params)
+        start = functools.partial(init_state, optimizer=optimizer)
+        places = state_placements(jax.eval_shape(start, params), params, optimizer, mesh)
+        state = jax.jit(start, out_shardings=places)(params)
         first = 0
         if (step := checkpoints.latest_step()) is not None:
             state, position = checkpoints.restore(step, jax.tree.map(_abstract, state))
@@ -152,16 +168,19 @@ def fit(
                 )
             first = position["step"]
         step_fn = jax.jit(
-            functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer), donate_argnums=0
+            functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer),
+            donate_argnums=0,
+            out_shardings=(places, None),
         )
         eval_fn = jax.jit(lambda params, batch: loss_sums(params, config, compute, train, batch))
         metrics = stack.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl", from_step=first)))
         progress = _Progress(first, train.steps, train.log_every)
         peak = meshes.peak_flops(compute.dtype)
         stop = _StopSignal()
+        stack.callback(stop.restore)
         place = meshes.sharding(mesh, ("batch", "seq"))
         batches = open_batches(first)
-        last: dict[str, Any] = {}
+        last = metrics.last  # of a run that was killed after its last step, before its result was written
         started, waited, trained = time.perf_counter(), 0.0, 0
         for step in range(first + 1, train.steps + 1):
             began = time.perf_counter()
@@ -183,6 +202,11 @@ def fit(
             due = step % train.eval_every == 0 or step == train.steps or stop.asked
             if due:
                 values["heldout_loss"] = heldout_loss(eval_fn, state["params"], heldout, place)
+                if not math.isfinite(values["heldout_loss"]):  # this step's update: such parameters must not be saved
+                    raise ValueError(
+                        f"the held-out loss is not finite after step {step}; the last good checkpoint is step"
+                        f" {checkpoints.latest_step()}; lower optim.learning_rate"
+                    )
             metrics.write(step, **values)
             progress.show(step, values)
             if due and (step % checkpoints.save_every == 0 or step == train.steps or stop.asked):
@@ -224,7 +248,11 @@ class _StopSignal:
 
     def __init__(self):
         self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def restore(self) -> None:
+        """Give the signal back: what comes after the loop (the next stage of a pipeline) must end on it."""
+        signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True

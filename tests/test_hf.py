@@ -145,3 +145,26 @@ def write_safetensors(file, tensors):
         offset += value.nbytes
     blob = json.dumps(header).encode()
     file.write_bytes(len(blob).to_bytes(8, "little") + blob + b"".join(hf._bits(v).tobytes() for v in tensors.values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "config.json: missing hidden_size"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+            "lacks factor, original_max_position_embeddings",
+        ),
+    ],
+)
+def test_a_missing_constant_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        hf.parse_config({**hf.config_json(LLAMA31, "float32"), **change}, "config.json")
+
+
+@pytest.mark.parametrize("damage", ["", '{"metadata": {}}', '{"weight_map": {"a'])
+def test_a_broken_index_is_named(damage, tmp_path):
+    write_checkpoint(tmp_path / "a", "llama3_fp16_shards")
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"index.json: truncated, or no index"):
+        hf.load(tmp_path / "a")

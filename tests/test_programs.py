@@ -139,7 +139,7 @@ def test_sft_runs_on_a_base_and_trains_the_answers_alone(config, tmp_path):
     samples = tmp_path / "chats.jsonl"
     samples.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats), encoding="utf-8")
     flags = [f"--config.init={tmp_path / 'base'}", f"--config.data.samples={samples}", f"--config.data.heldout_samples={samples}"]
-    flags += ["--config.data.row_length=64", "--config.epochs=2"]
+    flags += ["--config.data.row_length=64", "--config.epochs=2", "--config.train.loss_chunk=8"]
     done = python("-m", "experiments.sft", "--config=configs/sft/tiny.py", f"--workdir={tmp_path / 'sft'}", *flags)
     assert done.returncode == 0, done.stderr
     row = metrics(tmp_path / "sft")[0]
@@ -148,6 +148,11 @@ def test_sft_runs_on_a_base_and_trains_the_answers_alone(config, tmp_path):
     refused(
         python("-m", "experiments.sft", "--config=configs/sft/tiny.py", f"--workdir={tmp_path / 'sft2'}", *flags),
         "chats.jsonl:1: not JSON",
+    )
+    samples.write_text('\n{"id": "1", "messages": [{"role": "cook", "content": "x"}, {"role": "assistant", "content": "x"}]}\n')
+    refused(
+        python("-m", "experiments.sft", "--config=configs/sft/tiny.py", f"--workdir={tmp_path / 'sft3'}", *flags),
+        "chats.jsonl:2: message 0 has the unknown role 'cook'",
     )
 
 
@@ -160,6 +165,30 @@ def test_misspelt_mistyped_and_missing_settings(config, tmp_path):
     refused(
         cpt(config("c.data.batch_size = 3", "c.train.micro_batches = 2"), tmp_path / "b"), "data.batch_size=3 does not divide"
     )
+
+
+def test_counts_below_one_are_refused(config, tmp_path):
+    done = cpt(config("c.data.batch_size = 0", "c.train.eval_every = 0"), tmp_path / "a")
+    refused(done, "data.batch_size=0, train.eval_every=0: at least 1 is wanted")
+    sft = ["-m", "experiments.sft", "--config=configs/sft/tiny.py", f"--workdir={tmp_path / 'b'}"]
+    refused(python(*sft, "--config.data.samples_weight=0"), "data.samples_weight=0: at least 1 is wanted")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_folder_left_half_copied_by_a_kill_is_completed(config, tmp_path):
+    from swallow_jax import checkpoint
+
+    file = config("c.train.steps = 6", "c.optim.decay_steps = 1")
+    first = cpt(file, tmp_path / "a")
+    assert first.returncode == 0, first.stderr
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "result"}))
+    (tmp_path / "a" / "model" / "config.json").unlink()
+    again = cpt(file, tmp_path / "a")
+    assert again.returncode == 0, again.stderr
+    wanted, got = (json.loads(done.stdout.splitlines()[-1]) for done in (first, again))
+    assert [got[k] for k in ("loss", "params_sha256")] == [wanted[k] for k in ("loss", "params_sha256")]
+    checkpoint.open_model(tmp_path / "a")
 
 
 def test_bad_models_and_tokenizers(config, prepared, tmp_path):
@@ -212,3 +241,44 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(config, tmp_path):
     refused(done, "File too large")
     assert not (workdir / "train" / "index.json").exists()
     assert "result" not in json.loads((workdir / "manifest.json").read_text())
+
+
+def test_a_full_disk_under_a_checkpoint_is_one_sentence(config, tmp_path):
+    command = ["-m", "experiments.cpt", f"--config={config()}", f"--workdir={tmp_path / 'a'}"]
+    done = python(*command, file_limit=100)
+    # Above it tensorstore may print what became of its other writes.
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: File too large: ") and "checkpoints; free some space" in last
+    assert "result" not in json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert not [p for p in (tmp_path / "a" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def pipeline(tmp_path, stages):
+    file = tmp_path / "pipeline.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n    c = ConfigDict()\n"
+        f"    c.stages = {stages!r}\n    return c\n"
+    )
+    return python("-m", "experiments.pipeline", f"--config={file}", f"--workdir={tmp_path / 'runs'}")
+
+
+def test_a_pipeline_runs_its_stages_once(tmp_path):
+    stages = (
+        {"name": "text", "program": "prepare", "config": "configs/prepare/tiny.py"},
+        {"name": "scores", "program": "evaluate", "config": "configs/evaluate/tiny.py"},
+    )
+    done = pipeline(tmp_path, stages)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["stages"] == 2
+    first = (tmp_path / "runs" / "scores" / "manifest.json").read_text()
+    again = pipeline(tmp_path, stages)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert (tmp_path / "runs" / "scores" / "manifest.json").read_text() == first
+
+
+def test_a_pipeline_checks_every_stage_before_the_first(tmp_path):
+    good = {"name": "text", "program": "prepare", "config": "configs/prepare/tiny.py"}
+    refused(pipeline(tmp_path, (good, {**good, "name": "b", "program": "cook"})), "stage b: unknown program 'cook'")
+    refused(pipeline(tmp_path, (good, {**good, "name": "b", "config": "configs/nowhere.py"})), "configs/nowhere.py")
+    refused(pipeline(tmp_path, (good, good)), "two stages have one name")
+    assert not (tmp_path / "runs").exists()

@@ -83,3 +83,42 @@ def test_config_sections_become_dataclasses_and_errors_name_the_field():
     ]:
         with pytest.raises(ValueError, match=message):
             run.build(Outer, good | change, "c")
+
+
+def test_a_start_killed_between_its_first_two_files_goes_on(tmp_path):
+    run.write_json(tmp_path / "run" / "config.json", {"a": 1})
+    with pytest.raises(ValueError, match=r"holds another config \(config.a: 1 there, 2 now\)"):
+        run.open_run(tmp_path / "run", {"a": 2}, inputs={})
+    assert not run.open_run(tmp_path / "run", {"a": 1}, inputs={}).finished
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(ValueError, match="is not empty and holds no manifest"):
+        run.open_run(tmp_path / "model", {}, inputs={})
+
+
+def test_a_parent_that_was_made_again_is_noticed(tmp_path):
+    run.open_run(tmp_path / "base", {"seed": 0}, inputs={}).finish({"loss": 1})
+    open_it = lambda: run.open_run(tmp_path / "run", {}, inputs={}, parents=[tmp_path / "base"])  # noqa: E731
+    open_it().finish({})
+    assert open_it().finished
+    run.open_run(tmp_path / "base", {"seed": 0}, inputs={}).finish({"loss": 2})
+    with pytest.raises(ValueError, match="was made from another .*base"):
+        open_it()
+
+
+def test_line_numbers_count_blank_lines_and_bad_bytes_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"a": 1}\n\n{"a": "\xff"}\n')
+    rows = run.numbered_jsonl(tmp_path / "a.jsonl")
+    assert next(rows) == (2, {"a": 1})
+    with pytest.raises(ValueError, match=r"a\.jsonl:4: not JSON \(not UTF-8\)"):
+        next(rows)
+
+
+def test_licences_travel_from_parent_to_child(tmp_path):
+    (tmp_path / "text").write_text("x")
+    first = run.open_run(tmp_path / "a", {}, inputs={"text": tmp_path / "text"})
+    first.note(licences=["GPL-2.0-or-later"])
+    first.finish({})
+    child = run.open_run(tmp_path / "b", {}, inputs={}, parents=[tmp_path / "a"])
+    assert child.manifest["licences"] == ["GPL-2.0-or-later"]

@@ -210,3 +210,30 @@ def test_hold_out_of_a_tiny_corpus_leaves_something_on_both_sides():
         shards.hold_out(["a", "a"], share=0.1, seed=0)
     with pytest.raises(ValueError, match="share 1"):
         shards.hold_out(["a", "b"], share=1, seed=0)
+
+
+def test_a_kill_while_an_older_folder_gives_way_leaves_it_whole_or_away(tmp_path, monkeypatch):
+    """Renamed aside before it is removed: what stands under the folder's name is never half a folder."""
+    one = np.zeros(4, np.uint32)
+    row = packing.Row(one, np.ones(4, np.uint16), np.ones(4, np.float16))
+
+    def write():
+        with shards.ShardWriter(tmp_path / "a", row_length=4, rows_per_shard=2, **IDENTITY) as writer:
+            writer.write([row])
+
+    write()
+    real = shards.shutil.rmtree
+
+    def killed(path, **settings):
+        assert path != tmp_path / "a"
+        if path.name == "a.old" and path.exists():
+            raise KeyboardInterrupt
+        real(path, **settings)
+
+    monkeypatch.setattr(shards.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    monkeypatch.undo()
+    assert len(shards.open_shards(tmp_path / "a", verify_sha256=True)) == 1
+    write()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swallow_jax import text
+from swallow_jax import text, vocabulary
 
 pytestmark = pytest.mark.live
 
@@ -119,7 +119,7 @@ def converted(model_file, tmp_path_factory):
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     folder = tmp_path_factory.mktemp("llama3")
-    fast = TikTokenConverter(str(model_file), extra_special_tokens=list(text._LLAMA3_SPECIAL)).converted()
+    fast = TikTokenConverter(str(model_file), extra_special_tokens=list(vocabulary.LLAMA3_SPECIAL)).converted()
     reference = PreTrainedTokenizerFast(
         tokenizer_object=fast, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", clean_up_tokenization_spaces=False
     )

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from swallow_jax import checkpoint, hf, llama, mesh, optim, run, train
-from tests.helpers import FLOAT32, LLAMA31, random_params
+from tests.helpers import FLOAT32, LLAMA31, model_logits, random_params
 
 SMALL = dataclasses.replace(LLAMA31, num_layers=2, vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8)
 TRAIN = train.TrainConfig(steps=8, micro_batches=1, loss_chunk=0, targets_per_row=0, eval_every=2, log_every=100)
@@ -54,8 +56,8 @@ def one_step(config: train.TrainConfig, batch, optimizer_config=OPTIM):
 def test_the_loss_is_the_weighted_mean_written_out():
     """By hand: log-softmax of each position, summed over targets inside a document, over the sum of their weights."""
     batch, params = make_batch(0), random_params(SMALL)
-    hidden, _ = llama.forward(params, SMALL, FLOAT32, batch["tokens"], batch["positions"], segments_BT=batch["segments"])
-    logp = np.asarray(jax.nn.log_softmax(llama.logits(params, SMALL, hidden)))
+    logits = model_logits(params, SMALL, batch["tokens"], segments=batch["segments"], positions=batch["positions"])
+    logp = np.asarray(jax.nn.log_softmax(logits))
     total = weight = 0.0
     for b in range(4):
         for t in range(15):
@@ -188,3 +190,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 
     with pytest.raises(ValueError, match=r"not finite at step 5 .* the last good checkpoint is step 4"):
         fit(tmp_path / "a", 8, batches=poisoned)
+
+
+def test_a_run_killed_before_its_result_was_written_still_reports_its_loss(tmp_path):
+    first = fit(tmp_path / "a", 8)
+    again = fit(tmp_path / "a", 8)  # all steps are done, the result is not in the manifest
+    assert {k: first[k] for k in ("loss", "heldout_loss", "params_sha256")} == {
+        k: again[k] for k in ("loss", "heldout_loss", "params_sha256")
+    }
+
+
+def test_an_update_that_breaks_the_parameters_is_not_saved(tmp_path, monkeypatch):
+    """The loss of a step is taken before its update; only the held-out loss sees what is saved."""
+    real = train.heldout_loss
+    seen = []
+    monkeypatch.setattr(train, "heldout_loss", lambda *a: seen.append(0) or (np.nan if len(seen) == 4 else real(*a)))
+    with pytest.raises(ValueError, match=r"held-out loss is not finite after step 8; the last good checkpoint is step 6"):
+        fit(tmp_path / "a", 8)
+    assert not (tmp_path / "a" / "checkpoints" / "8").exists()
+
+
+def test_after_training_sigterm_ends_the_process_again(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path / "a", 4)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_moments_lie_where_their_parameters_lie():
+    """Else several devices each hold all of Adam, and a resumed run's first step is another program."""
+    optimizer = optim.make_optimizer(dataclasses.replace(OPTIM, frozen=("embed",)), 8)
+    devices = AbstractMesh((1, 2, 2, 1), mesh.AXES, axis_types=(AxisType.Auto,) * 4)
+    shapes, axes = llama.abstract_params(SMALL, np.float32)
+    params = jax.tree.map(
+        lambda s, names: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=mesh.sharding(devices, names)), shapes, axes
+    )
+    abstract = jax.eval_shape(functools.partial(train.init_state, optimizer=optimizer), params)
+    places = train.state_placements(abstract, params, optimizer, devices)
+    assert jax.tree.structure(places) == jax.tree.structure(abstract)
+    specs = [p.spec for p in jax.tree.leaves(places["opt_state"])]
+    weights = [p.spec for p in jax.tree.leaves(places["params"])]
+    assert [s for s in specs if len(s)] == weights * 2  # first and second moments

@@ -1,4 +1,4 @@
-"""Question: does training run at all? A 60-thousand-parameter Llama from random weights, seconds on one core.
+"""Question: does training run at all? A 35-thousand-parameter Llama from random weights, seconds on one core.
 
     python -m experiments.cpt --config=configs/cpt/tiny.py --workdir=runs/cpt/tiny
 

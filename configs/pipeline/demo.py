@@ -4,7 +4,10 @@
 
 Base (committed, configs/base) -> CPT on finance documents -> conversations from a recorded teacher and a live engine -> SFT,
 with and without CPT, three seeds each -> 344 held-out conversations -> tables and a page. The comparisons are
-declared in configs/evaluate/demo.py. Answer: see the README and notebooks/LOG.md.
+declared in configs/evaluate/demo.py. Answer: notebooks/LOG.md.
+
+Token budget: CPT 80 x 4,096 = 328 k; each SFT about 380 k (two epochs); live synthesis up to 56 x 160 written; evaluation
+7 models x 344 talks x about 260 = 630 k read.
 """
 
 from ml_collections import ConfigDict

@@ -26,7 +26,7 @@ PUBLISHED = ConfigDict(
 )
 
 LIMITS = (
-    "A model of one and a half million parameters learns the surface of this task: which phrases go with which label. It "
+    "A model of 1.2 million parameters learns the surface of this task: which phrases go with which label. It "
     "does not reason about a contract, so its accuracy says nothing about what an 8B model would reach.",
     "Training and test conversations were written by the same project. Shared style makes the test easier than real calls, which "
     "have noise, interruptions and topics nobody planned.",
@@ -53,6 +53,7 @@ def get_config(runs: str = "runs/demo") -> ConfigDict:
     )
     c.data = (
         {"name": "finance corpus", "folder": f"{runs}/prepare"},
+        {"name": "everyday talks (replay)", "folder": f"{runs}/replay"},
         {"name": "synthetic conversations", "folder": f"{runs}/synthesize"},
     )
     c.stages = (

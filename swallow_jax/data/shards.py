@@ -124,9 +124,13 @@ class ShardWriter:
             json.dump(index, file, ensure_ascii=False, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        # A kill between these lines leaves the old folder whole, or none: never one half removed.
+        old = self.folder.with_name(self.folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            os.replace(self.folder, old)
         os.replace(self._partial, self.folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def hold_out(keys: Sequence[str], *, share: float, seed: int) -> list[bool]:
