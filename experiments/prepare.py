@@ -126,7 +126,8 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     print(f"{result['kept']:,} of {report.documents_in:,} documents kept, {result['tokens']:,} tokens", flush=True)
     run.write_jsonl(job.folder / "dropped.jsonl", report.dropped_rows)
     run.write_json(job.folder / "report.json", result | report.details())
-    job.note(licences=report.licences, tokenizer_sha256=tokenizer.sha256)
+    licences = sorted({entry["licence"] for entry in report.licences})
+    job.note(licences=licences, attributions=report.licences, tokenizer_sha256=tokenizer.sha256)
     return job.finish(result)
 
 
