@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
 
     # What an assembled conversation looks like; at most 290 tokens with its prompt. Half of the training conversations are
     # excerpts around the decisive exchange: a toy model that only ever saw it among ten other turns did not find it
-    # (held-out loss 0.40 after six epochs, 0.42 is the loss of the label frequencies). Test conversations are whole.
+    # (held-out loss 0.40 after three epochs, 0.42 is the loss of the label frequencies). Test conversations are whole.
     config.shape = ConfigDict(
         {"min_turns": 3, "max_turns": 10, "min_chars": 60, "max_chars": 300, "max_distractors": 1, "excerpt_share": 0.5}
     )
