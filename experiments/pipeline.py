@@ -8,6 +8,7 @@ takes `runs`, the folder where the stages before it wrote, is given WORKDIR.
 """
 
 import importlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         raise ValueError(f"two stages have one name: {[stage['name'] for stage in stages]}")
     configs = [door.load_config(stage["config"], runs=str(workdir)) for stage in stages]
 
+    # A chain may grow: stages that are done are kept, so its own config is written anew, while each stage checks its own.
+    run.write_json(workdir / "config.json", config.to_dict())
     results, seconds = {}, {}
     for number, (stage, settings) in enumerate(zip(stages, configs, strict=True), 1):
         print(f"\n== {number}/{len(stages)} {stage['name']}: experiments.{stage['program']} {stage['config']}", flush=True)
@@ -39,7 +42,15 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         results[stage["name"]] = program.main(settings, workdir / stage["name"])
         seconds[stage["name"]] = round(time.perf_counter() - began, 1)
         print(f"-- {stage['name']}: {seconds[stage['name']]} s", flush=True)
-    run.write_json(workdir / "pipeline.json", {"config": config.to_dict(), "results": results, "seconds": seconds})
+    made = {stage["name"]: json.loads((workdir / stage["name"] / "manifest.json").read_text(encoding="utf-8")) for stage in stages}
+    manifest = {
+        "format_version": run.FORMAT_VERSION,
+        "stages": {name: run.sha256_path(workdir / name) for name in made},
+        "licences": sorted({licence for stage in made.values() for licence in stage["licences"]}),
+        "result": results,
+        "seconds": {name: stage["seconds"] for name, stage in made.items()},
+    }
+    run.write_json(workdir / "manifest.json", manifest)
     return {"stages": len(stages), "seconds": round(sum(seconds.values()), 1), "last": results[stages[-1]["name"]]}
 
 

@@ -67,7 +67,8 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     for split in ("train", "dev"):
         kept = [row for row in accepted if row["meta"]["split"] == split]
         run.write_jsonl(job.folder / f"{split}.jsonl", pipeline.chat_samples(task, kept, prompt=config.sft_prompt))
-    job.note(teachers=described, licences=sorted({d["licence"] for d in described.values() if d.get("licence")}))
+    licences = {d["licence"] for d in described.values() if d.get("licence")}
+    job.note(teachers=described, licences=sorted({*job.manifest["licences"], *licences}))
 
     result = {
         "planned": len(rows),

@@ -56,10 +56,12 @@ def forest(rows: Sequence[tuple[str, float, float, float]], *, low: float, high:
         while display_width(shown) > 42:  # what fits beside the figures on a phone
             shown = shown.rstrip("…")[:-1] + "…"
         parts.append(h("text", h("title", name), shown, x=0, y=y + 12))
-        parts.append(h("text", f"{value:.1f} [{left:.1f}, {right:.1f}]", x=400, y=y + 12, text_anchor="end"))
+        # round() + 0.0: a difference of -0.04 is shown as 0.0, not as -0.0
+        words = "{:.1f} [{:.1f}, {:.1f}]".format(*(round(number, 1) + 0.0 for number in (value, left, right)))
+        parts.append(h("text", words, x=400, y=y + 12, text_anchor="end"))
         parts.append(h("line", x1=x(left), x2=x(right), y1=y + 23, y2=y + 23, class_="interval"))
         parts.append(h("circle", cx=x(value), cy=y + 23, r=4.5, class_="point"))
-    svg = h("svg", h("title", caption), *parts, viewBox=f"0 0 400 {height}", role="img")
+    svg = h("svg", h("title", caption), *parts, viewBox=f"-4 0 412 {height}", role="img")
     return h("figure", svg, h("figcaption", caption))
 
 

@@ -109,8 +109,8 @@ def comparison_rows(evaluation: Evaluation) -> list[list[str]]:
     rows = []
     for row in evaluation.paired:
         mcnemar = "-" if row["p_mcnemar"] is None else _p(row["p_mcnemar"])
-        rows.append([f"{row['a']} - {row['b']}", row["metric"], f"{100 * row['diff']:+.1f}", _range(row["ci95"]),
-                     f"{row['b10']:.4g} / {row['b01']:.4g}", _p(row["p_pairs"]), _p(row["p_holm"]), mcnemar,
+        rows.append([f"{row['a']} - {row['b']}", row["metric"], f"{round(100 * row['diff'], 1) + 0.0:+.1f}", _range(row["ci95"]),
+                     f"{round(row['b10'], 1):g} / {round(row['b01'], 1):g}", _p(row["p_pairs"]), _p(row["p_holm"]), mcnemar,
                      f"{100 * row['mde']:.1f}"])  # fmt: skip
     return rows
 
@@ -403,7 +403,7 @@ def _percent(share: float) -> str:
 
 
 def _range(ends: Sequence[float]) -> str:
-    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+    return "{:.1f} to {:.1f}".format(*(round(100 * end, 1) + 0.0 for end in ends))
 
 
 def _p(value: float) -> str:

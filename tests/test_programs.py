@@ -271,6 +271,9 @@ def test_a_pipeline_runs_its_stages_once(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["stages"] == 2
     first = (tmp_path / "runs" / "scores" / "manifest.json").read_text()
+    chain = json.loads((tmp_path / "runs" / "manifest.json").read_text())
+    assert list(chain["stages"]) == ["text", "scores"] and chain["result"]["scores"] == json.loads(first)["result"]
+    assert json.loads((tmp_path / "runs" / "config.json").read_text())["stages"][1]["name"] == "scores"
     again = pipeline(tmp_path, stages)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert (tmp_path / "runs" / "scores" / "manifest.json").read_text() == first
