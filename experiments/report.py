@@ -3,7 +3,7 @@
     python -m experiments.report --config=configs/report/demo.py --workdir=runs/demo/report
 
 Reads the folders its config names and writes only its own. The page needs no network; open `index.html` in any browser. Config
-fields: title, introduction, evaluations, example_model, training, data, stages, quotation, limits, own_data
+fields: title, introduction, evaluations, example_model, training, data, stages, quotation, limits, own_data, browser, versions
 (see swallow_jax.report.Sections); an empty one leaves its section out.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import door
-from swallow_jax import report, run
+from swallow_jax import page, report, run, versions
 
 
 def main(config: Any, workdir: Path) -> dict[str, Any]:
@@ -38,14 +38,20 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
         )
     if not job.finished:
         run.write_json(job.folder / "results.json", report.results(evaluations))
-        run.write_text(job.folder / "index.html", report.page(sections, evaluations, shown))
+        run.write_text(job.folder / "index.html", page.page(sections, evaluations, shown))
         primary = {row["model"]: row["value"] for e in evaluations for row in e.scores if row["metric"] == report.PRIMARY}
         job.finish({"page": str(job.folder / "index.html"), "results": str(job.folder / "results.json"), report.PRIMARY: primary})
 
     print(report.arms_text(evaluations))
     print(report.comparisons_text(evaluations))
     for evaluation, found in zip(evaluations, shown, strict=True):
+        print(report.more_text(evaluation), end="")
         print(report.examples_text(found, evaluation.names()))
+    for entry in sections.versions:
+        found = versions.version_flips(entry["old"], entry["new"])
+        print("\n" + versions.version_words(entry["name"], found))
+        if found["thresholds"]:
+            print(report.text_table(versions.THRESHOLD_HEADER, found["thresholds"]))
     if sections.data:
         data = [(entry["name"], report.run_result(entry["folder"])) for entry in sections.data]
         print("\n" + report.text_table(report.CONTAMINATION_HEADER, report.contamination_rows(data)))

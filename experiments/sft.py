@@ -3,7 +3,8 @@
     python -m experiments.sft --config=configs/sft/tiny.py --workdir=runs/sft/tiny
 
 Reads an HF folder, GGUF file or run (`init`) and JSONL chat samples {"id", "messages"}; packs them into the run folder
-and trains like experiments.cpt. `data.replay` mixes packed text shards in (joint CPT + SFT).
+and trains like experiments.cpt. `data.replay` mixes packed text shards in (joint CPT + SFT); with a `lora` section an adapter is
+trained (configs/sft/lora_tiny.py).
 """
 
 import math
@@ -25,6 +26,7 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     shard_files = {f"shards:{folder}": Path(folder) / "index.json" for folder, _ in replay}
     cpt.check_inputs(inputs, made_by="experiments.synthesize")
     cpt.check_inputs(shard_files, made_by="experiments.prepare")
+    cpt.check_init(config)
     inputs |= shard_files
     job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init])
     if job.finished:

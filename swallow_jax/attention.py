@@ -4,10 +4,11 @@ Letters: B batch, T query positions, S key positions, K key-value heads, G query
 A query attends to a key when both belong to one segment and the key's position is not after its own. Positions are
 those inside the document, so the rule is the same for packed rows (segments given) and for a cache (slot = position).
 
-Backends, both exact and both isolating packed documents:
+Backends, all exact and all isolating packed documents:
   xla   all rows at once, in query blocks of 1024, so that [T, S] scores never exist whole: the reference
   rows  one row after the other, in query blocks of 128, whose temporaries stay in a core's cache: on a CPU the gradient takes
         a quarter of the time (28 against 112 ms at B=16, T=256; 59 against 270 ms at B=8, T=512)
+  splash a kernel for TPUs (kernels.py); against a cache it computes as `xla` does
 """
 
 import functools
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 _BLOCKS = {"xla": 1024, "rows": 128}
+_SCORES = 1 << 27  # float32 scores against a cache that exist at once: 512 MiB
 _MASKED = -1e30  # finite: a row without any key would be NaN with -inf; exp(_MASKED - max) is exactly 0
 
 
@@ -35,8 +37,15 @@ def attend(
     `aligned` says that key i is the token of query i (no cache), so that blocks of keys behind the last query are left out;
     segments need it. Documents are isolated exactly: a masked key has weight 0.0, so changing it changes no bit.
     """
+    if backend == "splash":
+        from swallow_jax import kernels  # Pallas is slow to import
+
+        if not aligned:
+            raise ValueError("attention 'splash' reads rows, no cache; attend_cached serves a cache")
+        rows = jnp.ones(q_positions_BT.shape, jnp.int32) if segments_BT is None else segments_BT
+        return kernels.splash(q_BTKGH, k_BSKH, v_BSKH, rows)
     if backend not in _BLOCKS:
-        raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(_BLOCKS)}")
+        raise ValueError(f"unknown attention backend {backend!r}; known: splash, {', '.join(_BLOCKS)}")
     if segments_BT is not None and not aligned:
         raise ValueError("packed documents cannot be read through a cache; give one document a row")
     row = functools.partial(_row, block=_BLOCKS[backend], aligned=aligned)
@@ -44,6 +53,55 @@ def attend(
     if backend == "xla" or q_BTKGH.shape[0] == 1:
         return jax.vmap(row)(*columns)
     return jax.lax.map(lambda one: row(*one), columns)
+
+
+def attend_cached(
+    q_BTKGH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    slots_BT: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array] | None,
+    backend: str,
+) -> jax.Array:
+    """Attention to a cache in the layout of `llama.init_cache`; a query sees the slots up to its own, `slots_BT`.
+
+    `prefix` is (k_KHP, v_KPH, length), the keys and values that all rows see before their own slots: stored once and, with
+    all rows' queries stacked, read once. Its scores and the row's own are one softmax, merged by their maxima and sums.
+    Products are taken in the cache's dtype with float32 sums; returns [B, T, K, G, H] in the dtype of q.
+    """
+    backend = "xla" if backend == "splash" else backend
+    if backend not in _BLOCKS:
+        raise ValueError(f"unknown attention backend {backend!r}; known: splash, {', '.join(_BLOCKS)}")
+    B, T, K, G, H = q_BTKGH.shape
+    S, dtype = k_BKHS.shape[-1], k_BKHS.dtype
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def one(q_BTKGH, slots_BT):
+        T = q_BTKGH.shape[1]
+        q = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H).astype(dtype)
+        scores = product(q, k_BKHS).reshape(B, K, G, T, S) * H**-0.5
+        scores = jnp.where((slots_BT[..., None] >= jnp.arange(S))[:, None, None], scores, _MASKED)
+        most = scores.max(axis=-1)
+        if prefix is not None:
+            k_KHP, v_KPH, length = prefix
+            q = q_BTKGH.transpose(2, 0, 3, 1, 4).reshape(K, B * G * T, H).astype(dtype)
+            before = jnp.where(jnp.arange(k_KHP.shape[-1]) < length, product(q, k_KHP) * H**-0.5, _MASKED)
+            most = jnp.maximum(most, before.max(axis=-1).reshape(K, B, G, T).swapaxes(0, 1))
+        weights = jnp.exp(scores - most[..., None])
+        total = weights.sum(axis=-1)
+        out = product(weights.reshape(B, K, G * T, S).astype(dtype), v_BKSH).reshape(B, K, G, T, H)
+        if prefix is not None:
+            weights = jnp.exp(before - most.swapaxes(0, 1).reshape(K, B * G * T, 1))
+            total += weights.sum(axis=-1).reshape(K, B, G, T).swapaxes(0, 1)
+            out += product(weights.astype(dtype), v_KPH).reshape(K, B, G, T, H).swapaxes(0, 1)
+        return (out / total[..., None]).transpose(0, 3, 1, 2, 4).astype(q_BTKGH.dtype)
+
+    # As many queries at a time as their scores over all slots stay within bounds.
+    slots = S + (0 if prefix is None else prefix[0].shape[-1])
+    block = max(1, min(_BLOCKS[backend], _SCORES // (B * K * G * slots)))
+    outs = [one(q_BTKGH[:, i : i + block], slots_BT[:, i : i + block]) for i in range(0, T, block)]
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
 def _row(q_TKGH, k_SKH, v_SKH, q_positions_T, k_positions_S, segments_T, *, block: int, aligned: bool) -> jax.Array:

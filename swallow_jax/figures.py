@@ -96,16 +96,45 @@ def curves(name: str, metrics: Sequence[Mapping[str, Any]]) -> Html:
     return h("figure", h("svg", h("title", caption), *parts, viewBox="0 0 400 160", role="img"), h("figcaption", caption))
 
 
+def reliability(curves: Sequence[tuple[str, Sequence[tuple[int, float, float]]]], *, caption: str) -> Html:
+    """Accuracy by confidence in groups of equal mass, up to two curves of (items, confidence, accuracy); the diagonal is calm."""
+
+    def x(value: float) -> float:
+        return round(34 + 200 * value, 1)
+
+    def y(value: float) -> float:
+        return round(208 - 200 * value, 1)
+
+    parts = []
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(h("line", x1=x(0), x2=x(1), y1=y(tick), y2=y(tick), class_="grid"))
+        parts.append(h("text", f"{100 * tick:g}", x=30, y=y(tick) + 4, text_anchor="end", class_="axis"))
+        parts.append(h("text", f"{100 * tick:g}", x=x(tick), y=224, text_anchor="middle", class_="axis"))
+    parts.append(h("line", x1=x(0), x2=x(1), y1=y(0), y2=y(1), class_="zero"))
+    for number, (name, groups) in enumerate(curves):
+        line = [(x(confidence), y(accuracy)) for _, confidence, accuracy in groups]
+        parts.append(h("polyline", points=" ".join(f"{a},{b}" for a, b in line), class_=f"line{number}"))
+        for (a, b), (items, confidence, accuracy) in zip(line, groups, strict=True):
+            words = f"{name}: {items} items, sure {100 * confidence:.0f} %, right {100 * accuracy:.0f} %"
+            parts.append(h("circle", h("title", words), cx=a, cy=b, r=3.5, class_=f"dot{number}"))
+    parts.append(h("text", "right % by how sure, %", x=x(1), y=236, text_anchor="end", class_="axis"))
+    svg = h("svg", h("title", caption), *parts, viewBox="0 0 250 240", role="img", class_="square")
+    return h("figure", svg, h("figcaption", caption))
+
+
 def display_width(text: str) -> int:
     """Columns of a terminal, or half the font size: East Asian wide characters count two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def document(title: str, body: Sequence[Html]) -> str:
-    """A whole page that needs nothing from outside."""
+def document(title: str, body: Sequence[Html], *, style: str = "", scripts: Sequence[str] = ()) -> str:
+    """A whole page that needs nothing from outside; `scripts` are the hashes of those that may run, all else is forbidden."""
+    allowed = " ".join(f"'{name}'" for name in scripts) or "'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}; base-uri 'none'; form-action 'none'"
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{h('title', title)}<style>{_STYLE}</style>"
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">'
+        f"{h('title', title)}<style>{_STYLE}{style}</style>"
     )
     inside = "\n".join(body)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>{inside}</main></body></html>\n'
@@ -125,7 +154,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --paper: #14171a; --soft: #a2abb4; --line: #363d44;
   --c0: #7db4f0; --c1: #f0a172; --fill: #24405f; --mark: #6b5200; --right: 80, 190, 140; --wrong: 240, 120, 95; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
+body { margin: 0; overflow-wrap: break-word; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "Hiragino Sans", "Noto Sans CJK JP", sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; }
@@ -136,7 +165,7 @@ h3 { font-size: 1rem; margin-top: 1.6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; white-space: normal; min-width: 8.5rem; overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-weight: 600; }
+thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 .bar { position: relative; display: inline-block; min-width: 9.5rem; padding: 0 .3rem; }
 .bar span { position: relative; }
 .bar .fill { position: absolute; left: 0; top: 0; bottom: 0; background: var(--fill); border-radius: 2px; }
@@ -150,7 +179,9 @@ svg .axis { fill: var(--soft); font-size: 10.5px; }
 .grid { stroke: var(--line); } .zero { stroke: var(--ink); }
 .interval { stroke: var(--c0); stroke-width: 2.5; } .point { fill: var(--c0); }
 .line0, .line1 { fill: none; stroke: var(--c0); stroke-width: 1.6; }
-.line1 { stroke: var(--c1); stroke-dasharray: 5 3; } .dot1 { fill: var(--c1); }
+.line1 { stroke: var(--c1); stroke-dasharray: 5 3; } .dot0 { fill: var(--c0); } .dot1 { fill: var(--c1); }
+svg.square { max-width: 300px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1rem; }
 article { border: 1px solid var(--line); border-radius: 6px; padding: .2rem .9rem; margin: .8rem 0; }
 article p { margin: .45rem 0; }
 mark { background: var(--mark); color: inherit; padding: 0 .1em; }

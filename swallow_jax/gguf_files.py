@@ -4,14 +4,15 @@ llama.cpp keeps q and k in interleaved RoPE order; here they are put back into H
 are dequantised to float32, one at a time.
 """
 
+import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from swallow_jax.llama import LlamaConfig
+from swallow_jax.weights import Tensor
 
 # llama.cpp's name of each tensor (gguf-py, MODEL_ARCH.LLAMA) -> HF's, first outside the layers, then inside.
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -42,48 +43,56 @@ def read_config(path: Path) -> LlamaConfig:
     def get(key: str) -> Any:
         return _field(reader, f"llama.{key}")
 
+    def need(key: str) -> Any:
+        if (value := get(key)) is None or (isinstance(value, (int, float)) and not value > 0):
+            raise ValueError(f"{path}: llama.{key} is {value!r}; a whole file has this constant: take another, or the HF folder")
+        return value
+
     if (scaling := get("rope.scaling.type")) not in (None, "none"):
         raise ValueError(f"{path}: RoPE scaling {scaling!r} is not computed for GGUF files; import the HF folder")
-
-    heads, size = int(get("attention.head_count")), int(get("embedding_length"))
+    if len(shapes.get("token_embd.weight", ())) != 2:
+        raise ValueError(f"{path}: no token_embd.weight of two axes; this is no whole model")
+    heads, size = int(need("attention.head_count")), int(need("embedding_length"))
     # GGUF keeps float32: 9.999999747378752e-06 was 1e-05 in config.json.
-    eps = float(str(np.float32(get("attention.layer_norm_rms_epsilon"))))
+    eps = float(str(np.float32(need("attention.layer_norm_rms_epsilon"))))
     return LlamaConfig(
         vocab_size=shapes["token_embd.weight"][1],
         hidden_size=size,
-        intermediate_size=int(get("feed_forward_length")),
-        num_layers=int(get("block_count")),
+        intermediate_size=int(need("feed_forward_length")),
+        num_layers=int(need("block_count")),
         num_heads=heads,
         num_kv_heads=int(get("attention.head_count_kv") or heads),
         head_dim=int(get("attention.key_length") or size // heads),
-        rope_theta=float(get("rope.freq_base") or 10000.0),
+        rope_theta=float(get("rope.freq_base") or 10000.0),  # llama.cpp's own value where the file has none
         rope_scaling=None,
         rms_norm_eps=eps,
         tie_word_embeddings="output.weight" not in shapes,
-        max_position_embeddings=int(get("context_length")),
+        max_position_embeddings=int(need("context_length")),
     )
 
 
-def open_tensors(path: Path, config: LlamaConfig) -> dict[str, Callable[[], np.ndarray]]:
-    """Readers by HF name; each gives a float32 array in HF's layout."""
+def open_tensors(path: Path, config: LlamaConfig) -> dict[str, Tensor]:
+    """Tensors by HF name, float32 in HF's layout; rows are dequantised when they are asked for."""
     import gguf
 
-    def read(tensor: Any, kind: str) -> np.ndarray:
-        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(kind)
+    def rows(tensor: Any, heads: int | None, first: int, last: int) -> np.ndarray:
+        data = tensor.data if heads else tensor.data[first:last]  # q and k mix the rows of a head
+        value = gguf.quants.dequantize(data, tensor.tensor_type).astype(np.float32)
         if heads is None:
             return value
         out, into = value.shape
-        return value.reshape(heads, out // heads // 2, 2, into).swapaxes(1, 2).reshape(out, into)
+        return value.reshape(heads, out // heads // 2, 2, into).swapaxes(1, 2).reshape(out, into)[first:last]
 
     tensors = {}
     for tensor in _open(path).tensors:
         parts = tensor.name.split(".")
-        if parts[0] == "blk" and parts[2] in _INSIDE:
+        if parts[0] == "blk" and len(parts) == 4 and parts[2] in _INSIDE:
             name = f"model.layers.{parts[1]}.{_INSIDE[parts[2]]}.weight"
         else:
             name = f"{_OUTSIDE[parts[0]]}.weight" if parts[0] in _OUTSIDE else tensor.name
-        tensors[name] = lambda tensor=tensor, kind=parts[-2]: read(tensor, kind)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(parts[2] if len(parts) == 4 else "")
+        tensors[name] = Tensor(shape=shape, dtype=np.dtype(np.float32), rows=functools.partial(rows, tensor, heads))
     return tensors
 
 

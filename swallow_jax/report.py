@@ -1,23 +1,17 @@
-"""Run and score folders -> tables for the terminal, `results.json`, and one self-contained HTML page.
+"""Run and score folders -> rows of words and figures, tables for the terminal; `swallow_jax.page` makes the HTML page of them.
 
 Percentages and percentage points (pp) are for people; files keep fractions.
 """
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swallow_jax import figures, run, stats
-from swallow_jax.figures import Html, bar, display_width, h, table
+from swallow_jax import run
+from swallow_jax.figures import display_width
 
-_READING = (
-    "p (pairs): sign-flip permutation test over twin pairs, the primary test; Holm adjusts it for all comparisons of this "
-    "table. McNemar's exact test takes items for independent and knows single runs only. Detectable: the smallest difference "
-    "found four times in five at this size and this much disagreement."
-)
 COMPLIANT = "compliant"  # label id of "no violation" in prediction rows
 PRIMARY = "exact_category"
 
@@ -36,6 +30,9 @@ class Sections:
     quotation: dict  # {source, note, rows: ({model, correct, n}, ...)}; {} for none
     limits: tuple  # sentences: what these models cannot show
     own_data: str  # the command for the reader's own conversations
+    browser: bool = False  # all conversations with the answers of all models, to filter and to compare
+    # {name, old: {evaluation, model}, new: {evaluation, model}}: what changes when one model takes another's place
+    versions: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +48,14 @@ class Evaluation:
         """Label id -> the name people read."""
         return {label["id"]: label["name"] for label in self.details["labels"]} | {"invalid": "invalid"}
 
-    def value(self, model: str, metric: str) -> dict[str, Any] | None:
-        return next((r for r in self.scores if r["model"] == model and r["metric"] == metric), None)
+    @property
+    def primary(self) -> str:
+        return self.details.get("primary", PRIMARY)
+
+    def value(self, model: str, metric: str, test_set: str | None = None) -> dict[str, Any] | None:
+        """The row of a model and metric; several sets (slices) have one metric, then `test_set` says which."""
+        rows = (r for r in self.scores if r["model"] == model and r["metric"] == metric)
+        return next((r for r in rows if test_set in (None, r["test_set"])), None)
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
@@ -79,19 +82,24 @@ def results(evaluations: Sequence[Evaluation]) -> dict[str, list]:
 
 
 def arm_rows(evaluation: Evaluation) -> list[list[str]]:
-    """model | correct | accuracy | 95 % | violation or not | false alarms | invalid, one row an arm."""
+    """model | correct | accuracy | 95 % | violation or not | macro F1 | false alarms | invalid | costs, one row an arm."""
     rows = []
     for arm in evaluation.details["arms"]:
-        exact, binary = evaluation.value(arm["model"], PRIMARY), evaluation.value(arm["model"], "binary")
+        exact, binary = evaluation.value(arm["model"], evaluation.primary), evaluation.value(arm["model"], "binary")
         seeds = f" (mean of {len(arm['seeds'])} seeds)" if len(arm["seeds"]) > 1 else ""
         alarms = f"{arm['false_alarms']}/{arm['compliant']}" if arm["compliant"] else "-"
         right = f"{exact['correct']:.4g}/{exact['n']}"
-        rows.append([arm["model"] + seeds, right, _percent(exact["value"]), _range(exact["ci95"]),
-                     _percent(binary["value"]), alarms, f"{arm['invalid']}/{arm['answers']}"])  # fmt: skip
+        cost = evaluation.details.get("costs", {}).get(arm["model"], {})
+        price = cost.get("price_per_1000")
+        rows.append([arm["model"] + seeds, right, percent(exact["value"]), interval(exact["ci95"]),
+                     percent(binary["value"]), percent(arm["macro_f1"]), alarms, f"{arm['invalid']}/{arm['answers']}",
+                     _count(cost.get("seconds_per_1000")), _count(cost.get("tokens_per_1000")),
+                     "-" if price is None else f"{price:.2f} {cost['currency']}"])  # fmt: skip
     return rows
 
 
-ARM_HEADER = ["model", "correct", "accuracy %", "95 % interval", "violation or not %", "false alarms", "invalid"]
+ARM_HEADER = ["model", "correct", "accuracy %", "95 % interval", "violation or not %", "macro F1 %", "false alarms", "invalid",
+              "s / 1,000", "tokens / 1,000", "price / 1,000"]  # fmt: skip
 PAIRED_HEADER = [
     "a - b",
     "metric",
@@ -102,17 +110,109 @@ PAIRED_HEADER = [
     "p (Holm)",
     "p (McNemar)",
     "detectable pp",
+    "coverage %",
 ]
 
 
 def comparison_rows(evaluation: Evaluation) -> list[list[str]]:
+    """One row a declared comparison of right and wrong answers; bits per byte stand with the verdicts on forgetting."""
     rows = []
     for row in evaluation.paired:
-        mcnemar = "-" if row["p_mcnemar"] is None else _p(row["p_mcnemar"])
-        rows.append([f"{row['a']} - {row['b']}", row["metric"], f"{round(100 * row['diff'], 1) + 0.0:+.1f}", _range(row["ci95"]),
-                     f"{round(row['b10'], 1):g} / {round(row['b01'], 1):g}", _p(row["p_pairs"]), _p(row["p_holm"]), mcnemar,
-                     f"{100 * row['mde']:.1f}"])  # fmt: skip
+        if row["b01"] is None:
+            continue
+        mcnemar = "-" if row["p_mcnemar"] is None else p_words(row["p_mcnemar"])
+        metric = row["metric"] if "verdict" not in row else f"{row['metric']}, {row['test_set']}"
+        rows.append([f"{row['a']} - {row['b']}", metric, f"{round(100 * row['diff'], 1) + 0.0:+.1f}", interval(row["ci95"]),
+                     f"{round(row['b10'], 1):g} / {round(row['b01'], 1):g}", p_words(row["p_pairs"]), p_words(row["p_holm"]),
+                     mcnemar, f"{100 * row['mde']:.1f}", percent(row["coverage"]) if "coverage" in row else "-"])  # fmt: skip
     return rows
+
+
+def kept_sentences(evaluation: Evaluation) -> list[str]:
+    """The verdicts on what an adaptation cost, one sentence for each declaration."""
+    return [row["sentence"] for row in evaluation.paired if "sentence" in row]
+
+
+LOAD_HEADER = ["model", "threshold", "found", "found 95 %", "false alarms", "false alarms 95 %"]
+
+
+def load_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Thresholds chosen on dev, what they find on the test set, and the review load at each prevalence."""
+    header, rows = list(LOAD_HEADER), []
+    for arm in evaluation.details.get("operating", ()):
+        for point in (arm["as_answered"], *arm["thresholds"]):
+            name = f"dev finds {100 * point['dev_recall']:g} %" if "dev_recall" in point else "as answered"
+            cells = [arm["model"], name, f"{point['found']}/{point['violations']}", _maybe(point["recall_ci95"]),
+                     f"{point['alarms']}/{point['compliant']}", _maybe(point["alarm_ci95"])]  # fmt: skip
+            for load in point.get("load", ()):
+                title = f"at {100 * load['prevalence']:g} %: flagged of {arm['talks']:,} (of them violating)"
+                if title not in header:
+                    header.append(title)
+                precision = "-" if load["precision"] is None else f"{100 * load['precision']:.1f} %"
+                cells.append(f"{load['flagged']:,.0f} ({precision})")
+            rows.append(cells)
+    return header, rows
+
+
+FLIP_HEADER = ["model", "disturbance", "flipped", "rate %", "95 % interval", "violations lost", "alarms raised", "right"]
+
+
+def flip_rows(evaluation: Evaluation) -> list[list[str]]:
+    return [
+        [row["model"], row["kind"], f"{row['flipped']}/{row['n']}", percent(row["rate"]), interval(row["ci95"]),
+         f"{row['lost']}/{row['flagged']}", f"{row['raised']}/{row['passed']}", f"{row['right_before']} → {row['right_after']}"]
+        for row in evaluation.details.get("robustness", ())
+    ]  # fmt: skip
+
+
+def knowledge_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Models by question sets and slices: accuracy in %, bits per byte, tokens per character."""
+    shown = [row for row in evaluation.scores if row["metric"] in ("choice_accuracy", "bits_per_byte")]
+    columns = list(dict.fromkeys((row["metric"], row["test_set"]) for row in shown))
+    header = ["model", *(f"{test_set}, {'%' if metric == 'choice_accuracy' else 'bits a byte'}" for metric, test_set in columns)]
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in shown):
+        found = [evaluation.value(model, metric, test_set) for metric, test_set in columns]
+        cells = ["-" if r is None else _figure(r) for r in found]
+        rows.append([model, *cells])
+    return header, rows
+
+
+def ranking_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """The models of one evaluation by their mean rank over config.ranking (equal values share a rank), with what they cost."""
+    declared = evaluation.details.get("ranking", [])
+    models = [arm["model"] for arm in evaluation.details["arms"]]
+    values = {m: [_ranked_value(evaluation, m, entry) for entry in declared] for m in models}
+    ranks: dict[str, list[float]] = {m: [] for m in models}
+    for number, entry in enumerate(declared):
+        sign = -1 if entry["better"] == "higher" else 1
+        known = [sign * values[m][number] for m in models if values[m][number] is not None]
+        for m in models:
+            value = values[m][number]
+            place = len(models) if value is None else 1 + sum(v < sign * value for v in known)
+            ranks[m].append(place)
+    order = sorted(models, key=lambda m: (sum(ranks[m]), models.index(m)))
+    header = ["model", "mean rank", *(_ranked_name(entry) for entry in declared), "tokens a character", "weights GB", "licence"]
+    rows = []
+    for m in order:
+        about = next((a for name, a in evaluation.details["models"].items() if name.rsplit(" seed ", 1)[0] == m), {})
+        ratios = [r["tokens_per_character"] for r in evaluation.scores if r["model"] == m and "tokens_per_character" in r]
+        size = about.get("weights_bytes")
+        figures = ["-" if v is None else f"{v:.4g}" for v in values[m]]
+        rows.append([m, f"{sum(ranks[m]) / len(declared):.2f}", *figures, f"{sum(ratios) / len(ratios):.2f}" if ratios else "-",
+                     f"{size / 1e9:.2f}" if size else "-", str(about.get("licence") or "-")])  # fmt: skip
+    return header, rows
+
+
+def _ranked_name(entry: Mapping[str, str]) -> str:
+    return ", ".join(filter(None, [entry["metric"], entry.get("test_set", "")]))
+
+
+def _ranked_value(evaluation: Evaluation, model: str, entry: Mapping[str, str]) -> float | None:
+    if entry["metric"] in ("seconds_per_1000", "price_per_1000", "tokens_per_1000"):
+        return evaluation.details["costs"].get(model, {}).get(entry["metric"])
+    row = evaluation.value(model, entry["metric"], entry.get("test_set") or None)
+    return None if row is None else row["value"]
 
 
 def stage_rows(stages: Iterable[Mapping[str, str]]) -> list[tuple[str, float, str]]:
@@ -177,20 +277,21 @@ def examples(evaluation: Evaluation, model: str) -> list[dict[str, Any]]:
     for kind, fits in kinds.items():
         row = max((r for r in rows if fits(r)), key=lambda r: r.get("probs", {}).get(r["pred"], 0.0), default=None)
         conversation = by_id[row["conversation_id"]] if row else None
-        marks = _marks(conversation, conversations) if row else {}
-        found.append({"kind": kind, "row": row, "conversation": conversation, "marks": marks})
+        marked = marks(conversation, conversations) if row else {}
+        found.append({"kind": kind, "row": row, "conversation": conversation, "marks": marked})
     return found
 
 
-def _marks(conversation: Mapping[str, Any], conversations: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
-    marks: dict[int, list[str]] = {}
+def marks(conversation: Mapping[str, Any], conversations: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Turn -> what to highlight: the gold quotes, or, on a compliant twin, the turns in which it differs from the other."""
+    found: dict[int, list[str]] = {}
     for item in conversation["evidence"]:
-        marks.setdefault(item["turn"], []).append(item["quote"])
+        found.setdefault(item["turn"], []).append(item["quote"])
     if not conversation["labels"] and conversation.get("pair_id"):
         twins = [c for c in conversations if c.get("pair_id") == conversation["pair_id"] and c["labels"]]
         theirs = {turn["text"] for twin in twins for turn in twin["turns"]}
-        marks = {n: [turn["text"]] for n, turn in enumerate(conversation["turns"]) if twins and turn["text"] not in theirs}
-    return marks
+        found = {n: [turn["text"]] for n, turn in enumerate(conversation["turns"]) if twins and turn["text"] not in theirs}
+    return found
 
 
 def example_words(example: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -250,6 +351,23 @@ def comparisons_text(evaluations: Sequence[Evaluation]) -> str:
     )
 
 
+def more_text(evaluation: Evaluation) -> str:
+    """What the two tables leave out: thresholds, knowledge and forgetting, flip rates, the ranking; "" for none."""
+    parts = []
+    header, rows = load_rows(evaluation)
+    if rows:
+        parts.append(text_table(header, rows))
+    header, rows = knowledge_rows(evaluation)
+    if rows:
+        parts.append(text_table(header, rows))
+    parts += kept_sentences(evaluation)
+    if rows := flip_rows(evaluation):
+        parts.append(text_table(FLIP_HEADER, rows))
+    if evaluation.details.get("ranking"):
+        parts.append(text_table(*ranking_rows(evaluation)))
+    return "".join(f"\n{part}\n" for part in parts)
+
+
 def examples_text(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """The three examples with their marked lines in 【】; whole conversations stand on the page."""
     lines = []
@@ -260,122 +378,6 @@ def examples_text(found: Sequence[Mapping[str, Any]], names: Mapping[str, str]) 
             shown = "".join(f"【{part}】" if flag else part for flag, part in mark_parts(turn["text"], quotes))
             lines.append(f"  turn {number} {turn['speaker']}: {shown}")
     return "\n".join(lines)
-
-
-# The page.
-
-
-def confusion_table(arm: Mapping[str, Any], names: Mapping[str, str], short: Mapping[str, str]) -> Html:
-    """Rows: gold; columns: predicted; a cell's shade is its share of the row."""
-    columns = [label for label in next(iter(arm["confusion"].values())) if label != "invalid" or arm["invalid"]]
-    rows = []
-    for gold, counts in arm["confusion"].items():
-        total = sum(counts.values())
-        cells = []
-        for pred in columns:
-            share = counts[pred] / total if total else 0
-            kind = "right" if pred == gold else "wrong"
-            cells.append(h("td", counts[pred] or "", class_=kind if counts[pred] else None, style=f"--share:{share:.2f}"))
-        rows.append(h("tr", h("th", names[gold], scope="row"), *cells))
-    head = h("tr", h("th", "gold \\ predicted"), *(h("th", short[label], scope="col") for label in columns))
-    return h("div", h("table", h("thead", head), h("tbody", *rows), class_="confusion"), class_="wide", tabindex="0")
-
-
-def recall_table(evaluation: Evaluation) -> Html:
-    """Per-category recall of every arm with Wilson intervals, bars behind the figures."""
-    arms = [arm["model"] for arm in evaluation.details["arms"]]
-    names, rows = evaluation.names(), []
-    for label in evaluation.details["labels"]:
-        metric = "compliant_passed" if label["id"] == COMPLIANT else f"recall/{label['id']}"
-        found = [evaluation.value(model, metric) for model in arms]
-        if all(found):
-            cells = [bar(r["value"], f"{_percent(r['value'])} [{_range(r['ci95'])}]") for r in found]
-            rows.append([f"{names[label['id']]} (n={found[0]['n']})", *cells])
-    return table(["recall %", *arms], rows)
-
-
-def example_block(example: Mapping[str, Any], names: Mapping[str, str], language: str) -> Html:
-    turns = []
-    for number, turn in enumerate(example["conversation"]["turns"] if example["conversation"] else ()):
-        parts = mark_parts(turn["text"], example["marks"].get(number, []))
-        said = [h("mark", part) if flag else part for flag, part in parts]
-        turns.append(h("p", h("b", turn["speaker"]), " ", *said))
-    return h("article", h("h3", example_words(example, names)), h("div", *turns, lang=language))
-
-
-def page(sections: Sections, evaluations: Sequence[Evaluation], shown: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """The whole page; `shown[e]` are the examples of evaluation e (maybe none)."""
-    body = [h("h1", sections.title), h("p", sections.introduction) if sections.introduction else Html()]
-    for evaluation, found in zip(evaluations, shown, strict=True):
-        body += _evaluation_parts(evaluation, found)
-    if sections.quotation:
-        body += _quotation_parts(sections.quotation)
-    if sections.training:
-        body.append(h("h2", "Training"))
-        body += [figures.curves(t["name"], run.read_jsonl(Path(t["folder"]) / "metrics.jsonl")) for t in sections.training]
-    if sections.data:
-        data = [(entry["name"], run_result(entry["folder"])) for entry in sections.data]
-        body += [h("h2", "Data: what went in, what was kept")]
-        for name, steps in (funnel for entry in data for funnel in funnels(*entry)):
-            most = max((count for _, count in steps), default=0)
-            rows = [(step, bar(count / most if most else 0, f"{count:,}")) for step, count in steps]
-            body += [h("h3", name), table(["step", "count"], rows)]
-        body += [
-            h("h2", "Contamination: overlap of training text with the test set"),
-            table(CONTAMINATION_HEADER, contamination_rows(data)),
-        ]
-    if sections.stages:
-        stages = stage_rows(sections.stages)
-        most = max(minutes for _, minutes, _ in stages) or 1
-        rows = [(name, bar(minutes / most, f"{minutes:.1f}"), tokens) for name, minutes, tokens in stages]
-        body += [h("h2", "Minutes by stage"), table(["stage", "minutes", "tokens"], rows)]
-    if sections.limits:
-        body += [h("h2", "What these models cannot show"), h("ul", *(h("li", sentence) for sentence in sections.limits))]
-    if sections.own_data:
-        body += [h("h2", "Your own conversations"), h("pre", h("code", sections.own_data), tabindex="0")]
-    return figures.document(sections.title, body)
-
-
-def _evaluation_parts(evaluation: Evaluation, found: Sequence[Mapping[str, Any]]) -> list[Html]:
-    details, names = evaluation.details, evaluation.names()
-    short = {label["id"]: label["text"] for label in details["labels"]} | {"invalid": "invalid"}
-    exact = [evaluation.value(arm["model"], PRIMARY) for arm in details["arms"]]
-    points = [(r["model"], *(100 * v for v in (r["value"], *r["ci95"]))) for r in exact]
-    test = details["test_set"]
-    parts = [
-        h("h2", f"Evaluation: {details['task']}, test set {test['name']} ({exact[0]['n']} conversations)"),
-        table(ARM_HEADER, arm_rows(evaluation)),
-        figures.forest(points, low=0, high=100, caption="Accuracy (exact category) in % with 95 % intervals"),
-    ]
-    if evaluation.paired:
-        ends = [100 * end for row in evaluation.paired for end in row["ci95"]]
-        reach = max(10.0, math.ceil(max(map(abs, ends)) / 10) * 10)
-        points = [(f"{r['a']} - {r['b']}", *(100 * v for v in (r["diff"], *r["ci95"]))) for r in evaluation.paired]
-        parts += [
-            h("h3", "Comparisons declared before the run"), table(PAIRED_HEADER, comparison_rows(evaluation)),
-            figures.forest(points, low=-reach, high=reach, caption="Differences in pp with 95 % intervals", zero=True),
-            h("p", _READING, class_="small"),
-        ]  # fmt: skip
-    parts += [h("h3", "Recall by category"), recall_table(evaluation), h("h3", "Confusion")]
-    for arm in details["arms"]:
-        seeds = f" (sum of {len(arm['seeds'])} seeds)" if len(arm["seeds"]) > 1 else ""
-        parts.append(h("details", h("summary", arm["model"] + seeds), confusion_table(arm, names, short)))
-    if found:
-        parts.append(h("h3", f"A hit, a miss and a false alarm of {next((e['row']['model'] for e in found if e['row']), '')}"))
-        parts += [example_block(example, names, details["language"]) for example in found]
-    parts.append(h("p", f"Test set {test['path']}, SHA-256 {test['sha256']}; scores in {evaluation.folder}.", class_="small"))
-    return parts
-
-
-def _quotation_parts(quotation: Mapping[str, Any]) -> list[Html]:
-    rows = []
-    for row in quotation["rows"]:
-        interval = _range(stats.wilson(row["correct"], row["n"]))
-        rows.append([row["model"], f"{row['correct']}/{row['n']}", _percent(row["correct"] / row["n"]), interval])
-    quoted = h(
-        "blockquote", table(["model", "correct", "accuracy %", "95 % (Wilson)"], rows), h("p", f"Source: {quotation['source']}")
-    )
-    return [h("h2", "Quotation: the published result on another test set"), h("p", quotation["note"]), quoted]
 
 
 # Small words.
@@ -398,13 +400,27 @@ def run_result(folder: str | Path) -> dict[str, Any]:
     return manifest["result"]
 
 
-def _percent(share: float) -> str:
+def _figure(row: Mapping[str, Any]) -> str:
+    if row["metric"] == "choice_accuracy":
+        return f"{percent(row['value'])} [{interval(row['ci95'])}]"
+    return "{:.3f} [{:.3f} to {:.3f}]".format(row["value"], *row["ci95"])
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _maybe(ends: Sequence[float] | None) -> str:
+    return "-" if ends is None else interval(ends)
+
+
+def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _range(ends: Sequence[float]) -> str:
+def interval(ends: Sequence[float]) -> str:
     return "{:.1f} to {:.1f}".format(*(round(100 * end, 1) + 0.0 for end in ends))
 
 
-def _p(value: float) -> str:
+def p_words(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"

@@ -102,8 +102,8 @@ def sha256_path(path: str | os.PathLike) -> str:
     if not path.is_dir():
         raise FileNotFoundError(f"input {path} does not exist; make it first, or correct the path in the config")
     manifest = path / "manifest.json"
-    if manifest.is_file():  # a run folder: its manifest already names its inputs and result
-        return sha256_file(manifest)
+    if manifest.is_file() and "inputs" in json.loads(manifest.read_text(encoding="utf-8")):
+        return sha256_file(manifest)  # a run folder: its manifest already names its inputs and result
     files = sorted(p for p in path.rglob("*") if p.is_file() and not any(q.startswith(".") for q in p.relative_to(path).parts))
     return sha256_json({str(p.relative_to(path)): sha256_file(p) for p in files})
 
@@ -218,7 +218,7 @@ def open_run(
         "format_version": FORMAT_VERSION,
         "inputs": hashes,
         "parents": lineage,
-        "licences": sorted({licence for path in [*inputs.values(), *lineage] for licence in _licences(Path(path))}),
+        **inherited([*inputs.values(), *lineage]),
         "git_commit": _git_commit(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
@@ -279,12 +279,48 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} ({type(value).__name__}) cannot be written as JSON")
 
 
-def _licences(path: Path) -> list[str]:
-    """What the run that made this file or folder inherited or declared."""
+def inherited(paths: Iterable[str | os.PathLike]) -> dict[str, Any]:
+    """What comes with these inputs: `licences` (sorted), `attributions` of texts, and `teachers` that wrote some of them."""
+    licences, attributions, teachers = set(), {}, {}
+    for path in map(Path, paths):
+        facts = _declared(path)
+        licences |= set(facts.get("licences", []))
+        attributions |= {json.dumps(row, sort_keys=True): row for row in facts.get("attributions", [])}
+        teachers |= facts.get("teachers", {})
+    return {"licences": sorted(licences), "attributions": list(attributions.values()), "teachers": teachers}
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """The manifest of what made this file or folder; else the licence that a Hugging Face card (README.md) states."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "manifest.json").is_file():
-            return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("licences", [])
-    return []
+            return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if found := card_licences(folder):
+            return {"licences": found}
+        if folder == path and (path.suffix == ".gguf" or (path / "config.json").is_file()):
+            return {"licences": ["not stated"]}  # a model that somebody else made; its terms must be looked up
+    return {}
+
+
+def card_licences(folder: Path) -> list[str]:
+    """`license` in the YAML head of a folder's README.md, as the Hugging Face hub writes it ("llama3.1", "apache-2.0")."""
+    import yaml
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---") or "\n---" not in text:
+        return []
+    try:
+        head = yaml.safe_load(text[3 : text.index("\n---")])
+    except yaml.YAMLError:
+        return []  # not a card's head
+    if not isinstance(head, dict):
+        return []
+    stated = head.get("license") or []
+    stated = [stated] if isinstance(stated, str) else stated if isinstance(stated, list) else []
+    return sorted({str(head.get("license_name") or name) if name == "other" else str(name) for name in stated})
 
 
 def _now() -> str:

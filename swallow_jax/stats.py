@@ -136,6 +136,65 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def simulated_coverage(
+    a_SI: np.ndarray, b_SI: np.ndarray, pairs: Sequence[str], *, simulations: int, seed: int, level: float = 0.95
+) -> float:
+    """How often `paired_bootstrap`'s interval holds the true difference when the world is the one observed.
+
+    The observed pairs and seeds are taken for the population; each simulated study draws as many of both, with replacement,
+    and asks whether its interval (400 resamples) holds the observed difference. 1.0 where no pair differs.
+    """
+    a_SI, b_SI = np.asarray(a_SI, dtype=np.float64), np.asarray(b_SI, dtype=np.float64)
+    truth = float(a_SI.mean() - b_SI.mean())
+    members: dict[str, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        members.setdefault(pair, []).append(number)
+    groups = list(members.values())
+    generator = np.random.default_rng(seed)
+    held = 0
+    for trial in range(simulations):
+        drawn = generator.integers(0, len(groups), size=len(groups))
+        items = [item for group in drawn for item in groups[group]]
+        names = [str(place) for place, group in enumerate(drawn) for _ in groups[group]]
+        seeds_a, seeds_b = (generator.integers(0, len(x), size=len(x)) for x in (a_SI, b_SI))
+        low, high = paired_bootstrap(
+            a_SI[seeds_a][:, items], b_SI[seeds_b][:, items], names, resamples=400, seed=seed + trial, level=level
+        )
+        held += low - 1e-12 <= truth <= high + 1e-12
+    return held / simulations
+
+
+def ratio_bootstrap(
+    numerator_I: np.ndarray, denominator_I: np.ndarray, *, resamples: int, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of sum(numerator) / sum(denominator), such as bits per byte, resampling items."""
+    weights_RI = np.random.default_rng(seed).multinomial(
+        len(numerator_I), np.full(len(numerator_I), 1 / len(numerator_I)), size=resamples
+    )
+    ratios_R = (weights_RI @ np.asarray(numerator_I, float)) / (weights_RI @ np.asarray(denominator_I, float))
+    low, high = np.quantile(ratios_R, [0.5 - level / 2, 0.5 + level / 2])
+    return float(low), float(high)
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of a mean of few values, such as seeds; ValueError for fewer than two, which allow none."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs two values or more, got {len(values)}; run another seed or show none")
+    half = float(special.stdtrit(len(values) - 1, 0.5 + level / 2)) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def pair_standard_error(values_SI: np.ndarray, pairs: Sequence[str]) -> float:
+    """Standard error of the mean over items when pairs are drawn anew and the seeds stay (a ratio estimate); 0 for one pair."""
+    sums_P = pair_sums(values_SI, pairs).mean(0)
+    items_P = pair_sums(np.ones((1, len(pairs))), pairs)[0]
+    if len(sums_P) < 2:
+        return 0.0
+    rest_P = sums_P - items_P * sums_P.sum() / items_P.sum()
+    return float(math.sqrt(np.square(rest_P).sum() * len(sums_P) / (len(sums_P) - 1)) / items_P.sum())
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p-values (Holm 1979), in the order given."""
     adjusted = [0.0] * len(p_values)
@@ -168,6 +227,15 @@ def mde(n: int, discordance: float, *, level: float = 0.95, power: float = 0.80)
     return float(min(1.0, max(z * math.sqrt(discordance / n), z * z / n)))
 
 
+def mean_mde(differences_I: np.ndarray, *, level: float = 0.95, power: float = 0.80) -> float:
+    """Smallest mean difference found with the given power, from the spread of the differences seen (normal approximation)."""
+    differences_I = np.asarray(differences_I, dtype=np.float64)
+    if len(differences_I) < 2:
+        raise ValueError(f"a spread needs two items or more, got {len(differences_I)}")
+    z = special.ndtri(0.5 + level / 2) + special.ndtri(power)
+    return float(z * differences_I.std(ddof=1) / math.sqrt(len(differences_I)))
+
+
 def brier(probabilities_IC: np.ndarray, gold_I: Sequence[int]) -> float:
     """Mean over items of the squared distance between the class probabilities and the true class (0 best, 2 worst)."""
     probabilities_IC = _checked_probabilities(probabilities_IC, gold_I)
@@ -197,3 +265,48 @@ def _checked_probabilities(probabilities_IC: np.ndarray, gold_I: Sequence[int]) 
     if not np.allclose(probabilities_IC.sum(1), 1, atol=1e-4) or (probabilities_IC < 0).any():
         raise ValueError("each row of probabilities must be >= 0 and sum to 1; normalise over the classes first")
     return probabilities_IC
+
+
+# Calibration and thresholds: fitted on one set of items (dev), used on another.
+
+
+def temperature(probabilities_IC: np.ndarray, gold_I: Sequence[int]) -> float:
+    """The T for which softmax(log p / T) gives the gold labels the largest likelihood (Guo et al. 2017), within 0.05 to 20."""
+    from scipy import optimize
+
+    probabilities_IC = _checked_probabilities(probabilities_IC, gold_I)
+    log_IC = np.log(np.maximum(probabilities_IC, 1e-12))
+    rows = np.arange(len(log_IC))
+
+    def loss(log_t: float) -> float:
+        scaled_IC = log_IC / math.exp(log_t)
+        return float((special.logsumexp(scaled_IC, axis=1) - scaled_IC[rows, list(gold_I)]).mean())
+
+    found = optimize.minimize_scalar(loss, bounds=(math.log(0.05), math.log(20.0)), method="bounded", options={"xatol": 1e-6})
+    return float(math.exp(found.x))
+
+
+def tempered(probabilities_IC: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(log p / T) over the classes."""
+    return special.softmax(np.log(np.maximum(np.asarray(probabilities_IC, dtype=np.float64), 1e-12)) / temperature, axis=1)
+
+
+def threshold_for_recall(scores_I: Sequence[float], positive_I: Sequence[bool], recall: float) -> float:
+    """The highest threshold t at which `score >= t` finds at least this share of the positives."""
+    if not 0 < recall <= 1 or not any(positive_I):
+        raise ValueError(f"a threshold for recall {recall} needs 0 < recall <= 1 and a positive item among {len(positive_I)}")
+    found = np.sort([s for s, positive in zip(scores_I, positive_I, strict=True) if positive])[::-1]
+    return float(found[math.ceil(recall * len(found) - 1e-9) - 1])
+
+
+def review_load(recall: float, false_alarms: float, prevalence: float, talks: int) -> dict[str, float | None]:
+    """Of `talks` conversations at this prevalence: how many are flagged, how many of those violate, how many are missed.
+
+    `precision` is the share of flagged conversations that violate; None where nothing is flagged.
+    """
+    hits, alarms = talks * prevalence * recall, talks * (1 - prevalence) * false_alarms
+    return {
+        "flagged": hits + alarms,
+        "precision": hits / (hits + alarms) if hits + alarms else None,
+        "missed": talks * prevalence * (1 - recall),
+    }

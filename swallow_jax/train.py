@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from swallow_jax import hf, llama
+from swallow_jax import hf, llama, lora
 from swallow_jax import mesh as meshes
 from swallow_jax.checkpoint import Checkpoints
 from swallow_jax.llama import Compute, LlamaConfig, Params
+from swallow_jax.lora import LoraConfig
+from swallow_jax.loss import chunked_cross_entropy
 from swallow_jax.run import Metrics, Run
 
-State = dict[str, Any]  # {"params", "opt_state", "step"}
+State = dict[str, Any]  # {"params", "opt_state", "step"}; params are those that are trained
 Batch = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ class TrainConfig:
 
     steps: int
     micro_batches: int  # gradient accumulation: the batch is split into this many parts
-    loss_chunk: int  # positions of each row whose logits exist at once; 0: all of them
+    loss_chunk: int  # a device's tokens whose logits exist at once (loss.py); 0: all of them
     targets_per_row: int  # most targets a row can have (SFT counts them while packing); 0: any position may be one
     eval_every: int  # steps between held-out losses
     log_every: int  # steps between progress lines
@@ -62,29 +64,37 @@ def loss_sums(
         _, index = jax.lax.top_k((weights_BT > 0).astype(jnp.int32), train.targets_per_row)
         columns = jax.tree.map(lambda x: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1), columns)
 
-    def cross_entropy(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        scores = llama.logits(params, config, hidden)
-        losses = jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(losses * weights)
+    if train.loss_chunk:
+        head_VD = params["embed"] if config.tie_word_embeddings else params["lm_head"]
+        return chunked_cross_entropy(columns[0], head_VD, *columns[1:], train.loss_chunk, 0.0)[0], jnp.sum(weights_BT)
+    hidden_BTD, targets_BT, weights = columns
+    scores_BTV = llama.logits(params, config, hidden_BTD)
+    losses = jax.nn.logsumexp(scores_BTV, axis=-1) - jnp.take_along_axis(scores_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.sum(losses * weights), jnp.sum(weights_BT)
 
-    length, chunk = columns[1].shape[1], train.loss_chunk
-    if not chunk or chunk >= length:
-        return cross_entropy(*columns), jnp.sum(weights_BT)
-    if length % chunk:
-        raise ValueError(f"train.loss_chunk={chunk} does not divide rows of {length} positions")
-    # Chunks run along T, so that each keeps rows of every data shard.
-    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 0, 1), columns)
-    total, _ = jax.lax.scan(
-        lambda total, part: (total + jax.checkpoint(cross_entropy)(*part), None), jnp.zeros((), jnp.float32), parts
-    )
-    return total, jnp.sum(weights_BT)
+
+def whole(params: Params, frozen: Params | None, adapter: LoraConfig | None) -> Params:
+    """The model's parameters: those that are trained, or the frozen ones with the trained adapter beside them."""
+    return params if adapter is None else lora.attach(frozen, params, adapter)
 
 
 def train_step(
-    state: State, batch: Batch, *, config: LlamaConfig, compute: Compute, train: TrainConfig, optimizer: Any
+    state: State,
+    batch: Batch,
+    frozen: Params | None = None,
+    *,
+    config: LlamaConfig,
+    compute: Compute,
+    train: TrainConfig,
+    optimizer: Any,
+    adapter: LoraConfig | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimiser step; metrics `loss` (nats a target), `grad_norm`, `update_norm`, `targets`, `tokens`."""
-    objective = jax.value_and_grad(lambda params, part: loss_sums(params, config, compute, train, part), has_aux=True)
+
+    def loss(params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(whole(params, frozen, adapter), config, compute, train, part)
+
+    objective = jax.value_and_grad(loss, has_aux=True)
     params = state["params"]
     if train.micro_batches == 1:
         (loss, weight), grads = objective(params, batch)
@@ -144,16 +154,19 @@ def fit(
     data: dict[str, Any],
     checkpoints: Checkpoints,
     run: Run,
+    frozen: Params | None = None,
+    adapter: LoraConfig | None = None,
 ) -> dict[str, Any]:
     """Train to `train.steps`, from the run's own last checkpoint if it has one. Returns the result for the last line.
 
+    With `adapter`, `params` are an adapter's (lora.init) and `frozen` the model's, which no checkpoint holds.
     `open_batches(step)` starts the stream at that step; `data` names the mixture and is compared on resume. Raises
     ValueError when a loss is not finite (naming the steps) or the data is not what the checkpoint was made with.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(checkpoints.close)  # also when a step fails: the save under way must end
-        axes = llama.abstract_params(config, jnp.float32)[1]
+        axes = llama.abstract_params(config, jnp.float32)[1] if adapter is None else lora.axes(config, adapter)
         params = jax.tree.map(lambda leaf, names: jax.device_put(leaf, meshes.sharding(mesh, names)), params, axes)
         start = functools.partial(init_state, optimizer=optimizer)
         places = state_placements(jax.eval_shape(start, params), params, optimizer, mesh)
@@ -167,12 +180,14 @@ def fit(
                     " or a new --workdir"
                 )
             first = position["step"]
+        run.note(steps=train.steps)  # with it a checkpoint tells whether it is the last one
         step_fn = jax.jit(
-            functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer),
+            functools.partial(train_step, config=config, compute=compute, train=train, optimizer=optimizer, adapter=adapter),
             donate_argnums=0,
             out_shardings=(places, None),
         )
-        eval_fn = jax.jit(lambda params, batch: loss_sums(params, config, compute, train, batch))
+        loss = jax.jit(lambda params, batch, frozen: loss_sums(whole(params, frozen, adapter), config, compute, train, batch))
+        eval_fn = functools.partial(loss, frozen=frozen)
         metrics = stack.enter_context(contextlib.closing(Metrics(run.folder / "metrics.jsonl", from_step=first)))
         progress = _Progress(first, train.steps, train.log_every)
         peak = meshes.peak_flops(compute.dtype)
@@ -186,7 +201,7 @@ def fit(
             began = time.perf_counter()
             batch = {k: jax.make_array_from_process_local_data(place, v) for k, v in next(batches).items()}
             arrived = time.perf_counter()
-            state, out = step_fn(state, batch)
+            state, out = step_fn(state, batch, frozen)
             values = {name: float(value) for name, value in jax.device_get(out).items()}
             seconds = time.perf_counter() - began
             if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
@@ -197,7 +212,7 @@ def fit(
                 )
             waited, trained = waited + arrived - began, trained + int(values["tokens"])
             tokens_per_s = values["tokens"] / seconds
-            flops = llama.train_flops_per_token(config, batch["tokens"].shape[1])
+            flops = llama.train_flops_per_token(config, batch["tokens"].shape[1], frozen=adapter is not None)
             values |= {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak, "data_wait_s": arrived - began}
             due = step % train.eval_every == 0 or step == train.steps or stop.asked
             if due:
@@ -217,6 +232,7 @@ def fit(
                 print(f"asked to stop: saved step {step} of {train.steps}; the same command goes on from there", flush=True)
                 sys.exit(0)
         checkpoints.close()
+        trained_sha256 = lora.adapter_sha256(state["params"]) if adapter else hf.params_sha256(state["params"], config)
         return {
             "steps": train.steps,
             "loss": last.get("loss"),
@@ -224,7 +240,7 @@ def fit(
             "tokens_per_s": round(trained / max(time.perf_counter() - started, 1e-9), 1),
             "tokens": trained,
             "data_wait_s": round(waited, 2),
-            "params_sha256": hf.params_sha256(state["params"], config),
+            "params_sha256": trained_sha256,
         }
 
 

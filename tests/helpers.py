@@ -32,7 +32,21 @@ LLAMA31 = LlamaConfig(
 LLAMA32_TIED = dataclasses.replace(LLAMA31, tie_word_embeddings=True, rope_scaling=dataclasses.replace(LLAMA31_ROPE, factor=32.0))
 LLAMA3_FP16 = dataclasses.replace(LLAMA31, rope_scaling=None)
 MQA = dataclasses.replace(LLAMA31, num_kv_heads=1)
-KINDS = {"llama31": LLAMA31, "llama32_tied": LLAMA32_TIED, "llama3_fp16_shards": LLAMA3_FP16, "mqa": MQA}
+# Llama 2's kind (Swallow 7B): one key-value head a query head, theta 10000, no scaling, 4,096 positions.
+LLAMA2 = dataclasses.replace(
+    LLAMA3_FP16, num_kv_heads=4, head_dim=16, rope_theta=10000.0, rms_norm_eps=1e-6, max_position_embeddings=4096
+)
+# Qwen3's kind: norms over each head of q and k, theta 1e6, heads of 128 whatever the hidden size.
+QWEN3 = dataclasses.replace(LLAMA3_FP16, head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6, qk_norm=True)
+KINDS = {
+    "llama31": LLAMA31,
+    "llama32_tied": LLAMA32_TIED,
+    "llama3_fp16_shards": LLAMA3_FP16,
+    "mqa": MQA,
+    "llama2": LLAMA2,
+    "qwen3": QWEN3,
+}
+_DTYPES = {"llama3_fp16_shards": "float16", "llama2": "float16", "mqa": "float32"}
 
 
 def random_params(config: LlamaConfig, seed: int = 0, dtype=jnp.float32) -> llama.Params:
@@ -65,7 +79,7 @@ def _logits(params, config, compute, tokens, positions, segments):
 def write_checkpoint(folder: Path, kind: str, *, seed: int = 0) -> LlamaConfig:
     """A tiny random checkpoint of one of KINDS: bf16, fp16 in shards, or float32, as the kind says."""
     config = KINDS[kind]
-    dtype = {"llama31": "bfloat16", "llama32_tied": "bfloat16", "llama3_fp16_shards": "float16", "mqa": "float32"}[kind]
+    dtype = _DTYPES.get(kind, "bfloat16")
     params = random_params(config, seed)
     before = hf._SHARD_BYTES
     try:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import http.server
+import io
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm
 
 from swallow_jax import hf, llama, run, text
 from swallow_jax.generate import backends, endpoint
@@ -217,6 +219,25 @@ def test_what_was_recorded_is_replayed(local, tmp_path):
     assert recorded.describe()["model"] == "tiny"
 
 
+def test_a_job_tells_its_progress_at_a_terminal_alone(local, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    requests = [request(i) for i in range(5)]
+    for stream in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # no thread is left behind
+        job = backends.record(local, tmp_path / "job.jsonl").generate(requests)
+        next(job)
+        list(job)
+        if not stream.isatty():
+            assert stream.getvalue() == ""
+            (tmp_path / "job.jsonl").unlink()
+    bar = stream.getvalue().split("\r")
+    assert any("tiny:" in part and "/5 " in part and "tok/s" in part and "/2 slots" in part and "GB/s" in part for part in bar)
+
+
 def test_a_hand_written_recording_needs_only_key_and_text(tmp_path):
     path = tmp_path / "teacher.jsonl"
     run.write_jsonl(path, [{"key": request(1).key, "text": "答え", "provenance": "written for a test"}])
@@ -278,9 +299,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answer = {"error": {"message": f"planned {status} for {self.headers['Authorization']}"}}
         with server.lock:
             server.busy -= 1
-        data = json.dumps(answer).encode()
+        data, kind = json.dumps(answer).encode(), "application/json"
+        if isinstance(status, tuple):  # a proxy's own words instead of an answer
+            status, kind, data = status
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Retry-After", "0")
         self.end_headers()
@@ -304,7 +327,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ids = local.tokenizer.encode(prompt, add_bos=True) if isinstance(prompt, str) else prompt
         tokens = np.zeros((1, 96), np.int32)  # one shape: one compilation
         tokens[0, : len(ids)] = ids
-        logprobs_TV = np.asarray(_full(local._engine.params, tokens, config=local._engine.config))[: len(ids)]
+        logprobs_TV = np.asarray(_full(local.engine.params, tokens, config=local.engine.config))[: len(ids)]
         ids = [*ids, int(logprobs_TV[-1].argmax())]
         given = [None] + [float(logprobs_TV[t, i]) for t, i in enumerate(ids[1:])]
         top = [None] + [{str(int(row.argmax())): float(row.max())} for row in logprobs_TV]
@@ -359,6 +382,31 @@ def test_throttling_and_server_errors_are_retried(local):
     assert (body["max_tokens"], body["temperature"], body["top_p"], body["stop"], body["top_k"]) == (12, 0.9, 0.95, ["。"], 30)
     assert {body["seed"] for _, body in server.seen} == set(range(5))
     assert server.keys == {"Bearer secret-key-123"}
+
+
+def test_an_answer_that_is_none_is_asked_for_again(local):
+    strange = [(200, "text/html", b"<p>busy"), (200, "application/json", b"{"), (200, "application/json", b'{"choices": []}')]
+    with serving(local, *strange) as server:
+        backend = connect(server)
+        (result,) = backend.generate([request()])
+        assert result.text == "続き:質問0" and backend.counts["retried"] == 3
+    with (
+        serving(local, *strange) as server,
+        pytest.raises(endpoint.EndpointError, match="in 3 attempts .an answer without choices"),
+    ):
+        list(connect(server, attempts=3).generate([request()]))
+
+
+def test_schema_and_cost_are_passed_through_and_told(local):
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    with serving(local) as server:
+        backend = connect(server, extra={"response_format": schema}, prices={"prompt": 2.0, "completion": 10.0})
+        list(backend.generate([request(), request(1)]))
+        assert [body["response_format"] for _, body in server.seen] == [schema] * 2
+        assert backend.describe()["cost_dollars"] == pytest.approx((6 * 2.0 + 8 * 10.0) / 1e6)
+        assert "$0.00" in backend.activity(1.0)
+        with pytest.raises(ValueError, match="dollars a million tokens"):
+            connect(server, prices={"input": 1.0})
 
 
 def test_a_refused_request_is_not_retried_and_the_key_stays_secret(local, tmp_path):

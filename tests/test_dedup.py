@@ -25,8 +25,10 @@ def test_canonical_form_ignores_width_case_space_and_punctuation():
 
 
 def test_exact_duplicates_are_noticed_despite_punctuation():
-    seen = dedup.Seen()
-    assert [seen.add(text) for text in ("保険です。", "保険です！", "預金です。", "保険です。")] == [True, False, True, False]
+    digests = dedup.digests(["保険です。", "保険です！", "預金です。", "保険です。"])
+    assert dedup.first_seen(digests).tolist() == [True, False, True, False]
+    # A text that is out of the question neither counts nor is counted.
+    assert dedup.first_seen(digests, np.array([False, True, True, True])).tolist() == [False, True, True, False]
 
 
 def test_signatures_estimate_jaccard_similarity_and_do_not_depend_on_the_process():

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from swallow_jax.data import documents
+from swallow_jax.data import documents, markup
 
 PAGE = """<!DOCTYPE html><html><head><meta charset="utf-8"><title>題</title><script>var x = "悪";</script></head>
 <body><nav>目次<ul><li>章</li></ul></nav>
@@ -67,7 +67,7 @@ def domain(tmp_path, **changes):
 
 
 def test_html_becomes_paragraphs_without_navigation_scripts_and_spaces_inside_japanese():
-    assert documents.html_text(PAGE).split("\n") == [
+    assert markup.html_text(PAGE).split("\n") == [
         "保険",
         "終身保険は、一生涯の保障が続く保険です。A B & C",
         "一つ目",
@@ -80,11 +80,11 @@ def test_html_becomes_paragraphs_without_navigation_scripts_and_spaces_inside_ja
 
 
 def test_html_without_closed_head_or_nav_keeps_its_body():
-    assert documents.html_text("<head><title>題</title><body><p>本文</p><div><nav>目次</div><p>a</nav>続き") == "本文\n続き"
+    assert markup.html_text("<head><title>題</title><body><p>本文</p><div><nav>目次</div><p>a</nav>続き") == "本文\n続き"
 
 
 def test_manual_page_becomes_paragraphs_without_code():
-    assert documents.roff_text(MANUAL).split("\n") == [
+    assert markup.roff_text(MANUAL).split("\n") == [
         "名前",
         "cp - ファイルをコピーする",
         "説明",

@@ -172,24 +172,23 @@ def test_a_backend_that_leaves_a_request_out_is_refused(task, items, tmp_path):
 
 
 def test_keywords_count_what_the_checked_speaker_says(task, items):
-    assert [pred for pred, _ in baselines.keywords(task).predict(items[:6])] == [
-        "lie", "compliant", "gift", "compliant", "compliant", "compliant"]  # fmt: skip
+    assert [preds for preds, _ in baselines.keywords(task).predict(items[:6])] == [("lie",), (), ("gift",), (), (), ()]
     buyer_says_it = {**items[1], "turns": [{"speaker": "Buyer", "text": "It never breaks, they say."}, items[1]["turns"][1]]}
-    assert baselines.keywords(task).predict([buyer_says_it]) == [("compliant", None)]
+    assert baselines.keywords(task).predict([buyer_says_it]) == [((), None)]
 
 
 def test_the_constant_is_chosen_on_the_training_conversations(task, items):
     lies = [c for c in items if c["labels"] == ["lie"]]
-    assert baselines.constant(task, items, metric="exact_category").predict(items)[0][0] == "compliant"
+    assert baselines.constant(task, items, metric="exact_category").predict(items)[0][0] == ()
     chosen = baselines.constant(task, lies, metric="exact_category")
-    assert chosen.predict(items)[0][0] == "lie" and chosen.about["training_value"] == 1.0
+    assert chosen.predict(items)[0][0] == ("lie",) and chosen.about["training_value"] == 1.0
 
 
 def test_ngrams_learn_the_wording_of_the_training_conversations(task, items):
     settings = baselines.NgramSettings(shortest=2, longest=4, min_documents=1, inverse_regularisation=100.0, max_iterations=500)
     learnt = baselines.ngrams(task, items, settings=settings, seed=0)
     verdicts = learnt.predict(items)
-    assert [pred for pred, _ in verdicts] == [runner.gold_label(c) for c in items]
+    assert [list(preds) for preds, _ in verdicts] == [c["labels"] for c in items]
     assert all(sum(probs.values()) == pytest.approx(1) and set(probs) == set(LABELS) for _, probs in verdicts)
 
 
@@ -309,7 +308,77 @@ def test_recorded_answers_replay_to_the_same_predictions(tmp_path, tiny_model):
 
 
 def test_every_evaluate_config_loads_and_declares_only_what_it_has():
-    from configs.evaluate import demo, tiny
+    from configs.evaluate import base_models, demo, gpt4o, knowledge, test_v1, tiny
 
-    for c in (tiny.get_config(), demo.get_config(), demo.get_config("http://localhost:8000/v1,gpt")):
+    more = (base_models.get_config("a=x,b=y", "2.5"), gpt4o.get_config(), gpt4o.get_config("f.jsonl"), knowledge.get_config(),
+            test_v1.get_config(), test_v1.get_config("baselines"))  # fmt: skip
+    for c in (tiny.get_config(), demo.get_config(), demo.get_config("http://localhost:8000/v1,gpt"), *more):
         program.check(run.build(program.Settings, c.to_dict(), "config"))
+
+
+# Endpoints: what was paid for is kept, and replays without network.
+
+
+def verdict_of(content):
+    return "Untrue" if "never breaks" in content else "Bribe" if "for your wife" in content else "Fine"
+
+
+def endpoint_config(folder, url, **changes):
+    entry = {"name": "gpt", "kind": "endpoint", "seed": 0, "base_url": url, "model": "gpt-x", "api_key_env": None,
+             "concurrency": 2,
+             "attempts": 1, "backoff_s": 0.01, "timeout_s": 20.0, "cache": None,
+             "asking": {"mode": "generate", "prompt": None, "normalise": "sum", "max_new_tokens": 8},
+             "price": {"currency": "USD", "source": "a list", "input_per_million": 1e6, "output_per_million": 0.0}}  # fmt: skip
+    return config(folder, models=(entry | changes,), comparisons=())
+
+
+def test_an_endpoint_that_fails_half_way_keeps_what_was_paid_for_and_the_numbers_are_identical(tmp_path):
+    pytest.importorskip("openai")
+    from tests import teacher_server
+
+    folder = mini_task(tmp_path / "task")
+
+    def healthy(content, attempt):
+        return teacher_server.Answer(text=verdict_of(content))
+
+    with teacher_server.serving(healthy) as server:
+        program.main(endpoint_config(folder, server.url), tmp_path / "straight")
+    paid = []
+
+    def failing(content, attempt):
+        if len(paid) >= 3:
+            return teacher_server.Answer(status=500)
+        paid.append(content)
+        return teacher_server.Answer(text=verdict_of(content))
+
+    with teacher_server.serving(failing) as server:
+        c = endpoint_config(folder, server.url)
+        with pytest.raises(ValueError):
+            program.main(c, tmp_path / "broken")
+        kept = len(run.read_jsonl(tmp_path / "broken" / "responses_gpt_0.jsonl"))
+        assert kept >= 1
+        server.behave = healthy
+        before = len(server.asked)
+        program.main(c, tmp_path / "broken")
+        assert len(server.asked) - before == 8 - kept  # nothing is paid for twice
+    for name in ("predictions.jsonl", "scores.json"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+    # The recorded file replays without network, to the same scores; its seconds would be those of a file, so none are shown.
+    recorded = {"kind": "recorded", "path": str(tmp_path / "broken" / "responses_gpt_0.jsonl")}
+    c = endpoint_config(folder, "http://nowhere")
+    c.models = ({k: v for k, v in c.models[0].items() if k in ("name", "seed", "asking", "price")} | recorded,)
+    program.main(c, tmp_path / "replayed")
+    assert (tmp_path / "replayed" / "scores.json").read_bytes() == (tmp_path / "straight" / "scores.json").read_bytes()
+    cost = json.loads((tmp_path / "replayed" / "details.json").read_text())["costs"]["gpt"]
+    assert cost["seconds_per_1000"] is None and 0 < cost["price_per_1000"] < cost["tokens_per_1000"]  # a dollar a token read
+
+
+def test_the_gpt4o_baseline_asks_the_same_whether_live_or_recorded():
+    """The keys of the requests decide what a recorded file answers: model name and key of the API must not enter them."""
+    from configs.evaluate import gpt4o
+
+    live, replayed = (c.models[-1] for c in (gpt4o.get_config(), gpt4o.get_config("file.jsonl")))
+    assert live["model"] == "gpt-4o-2024-11-20" and live["api_key_env"] == "OPENAI_API_KEY"
+    assert replayed["kind"] == "recorded" and replayed["path"] == "file.jsonl"
+    assert live["asking"] == replayed["asking"] and live["seed"] == replayed["seed"]

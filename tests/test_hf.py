@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from swallow_jax import hf
+from swallow_jax import hf, placing, weights
 from tests.helpers import KINDS, LLAMA31, LLAMA32_TIED, random_params, write_checkpoint
 
 
@@ -138,7 +141,7 @@ def write_safetensors(file, tensors):
     header, offset = {}, 0
     for name, value in tensors.items():
         header[name] = {
-            "dtype": hf._CODES[value.dtype],
+            "dtype": weights.CODES[value.dtype],
             "shape": list(value.shape),
             "data_offsets": [offset, offset + value.nbytes],
         }
@@ -168,3 +171,57 @@ def test_a_broken_index_is_named(damage, tmp_path):
     (tmp_path / "a" / "model.safetensors.index.json").write_text(damage)
     with pytest.raises(ValueError, match=r"index.json: truncated, or no index"):
         hf.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("block", [1 << 9, 1 << 13])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_small_blocks_give_the_same_arrays_and_hash(block, dtype, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "a", "llama31")
+    whole, config = hf.load(tmp_path / "a", dtype=dtype)
+    before = hf.params_sha256(whole, config)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", block)
+    assert hf.params_sha256(hf.load(tmp_path / "a", dtype=dtype)[0], config) == before
+    hf.save(tmp_path / "b", whole, config, dtype=dtype or "bfloat16")
+    assert weights.sha256(hf.open_weights(tmp_path / "b", config)) == before
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["params_sha256"] == before
+
+
+def test_an_import_holds_no_second_copy_on_the_cpu(tmp_path):
+    """The device's memory is the memory that the file was read into: one buffer of numpy's, not copied."""
+    write_checkpoint(tmp_path / "a", "llama31")
+    made = []
+    real = placing._aligned
+    placing._aligned = lambda *args: made.append(real(*args)) or made[-1]
+    try:
+        params, _ = hf.load(tmp_path / "a")
+    finally:
+        placing._aligned = real
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)} == {a.ctypes.data for a in made}
+
+
+def test_arrays_are_filled_on_other_devices_block_by_block(tmp_path, monkeypatch):
+    """What a GPU or TPU gets: small pieces put into an array that lies there."""
+    write_checkpoint(tmp_path / "a", "mqa")
+    wanted, _ = hf.load(tmp_path / "a")
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(placing._Shard, "on_host", lambda self: self.on_device(jax.devices()[0]))
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "a")[0], wanted)
+
+
+def test_four_devices_hold_what_one_holds(tmp_path):
+    """Each device reads its own rows and columns; in a process of its own, for the number of devices is fixed at its start."""
+    write_checkpoint(tmp_path / "a", "llama31")
+    program = (
+        "import jax, numpy as np\n"
+        "from swallow_jax import hf, mesh\n"
+        "one, config = hf.load({folder!r})\n"
+        "for sizes in ((1, 2, 2, 1), (2, 2, 1, 1)):\n"
+        "    placed, _ = hf.load({folder!r}, mesh=mesh.build(mesh.MeshConfig(**dict(zip(mesh.AXES, sizes)))))\n"
+        "    jax.tree.map(np.testing.assert_array_equal, placed, one)\n"
+        "    assert hf.params_sha256(placed, config) == hf.params_sha256(one, config)\n"
+        "    shapes = {{s.data.shape for s in placed['layers']['q'].addressable_shards}}\n"
+        "    assert shapes == {{(3, 128 // sizes[2], 64 // sizes[1])}}, shapes\n"
+    ).format(folder=str(tmp_path / "a"))
+    flags = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=flags, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

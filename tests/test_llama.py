@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swallow_jax import attention, llama
-from tests.helpers import FLOAT32, LLAMA31, LLAMA32_TIED, MQA, model_logits, random_params
+from swallow_jax import attention, hf, llama
+from tests.helpers import FLOAT32, KINDS, LLAMA2, LLAMA31, LLAMA32_TIED, MQA, QWEN3, model_logits, random_params
 
 TOKENS = np.random.default_rng(0).integers(0, 512, (2, 24))
 
 
-@pytest.mark.parametrize("config", [LLAMA31, LLAMA32_TIED, MQA], ids=["llama31", "tied", "mqa"])
+@pytest.mark.parametrize("config", [LLAMA31, LLAMA32_TIED, MQA, QWEN3], ids=["llama31", "tied", "mqa", "qwen3"])
 def test_cached_decode_equals_full_forward(config):
     params = llama.unstack_layers(random_params(config))
     whole = model_logits(params, config, TOKENS)
@@ -137,3 +137,47 @@ def test_bfloat16_stays_close_to_float32():
     exact = model_logits(params, LLAMA31, TOKENS)
     rough = model_logits(params, LLAMA31, TOKENS, dataclasses.replace(FLOAT32, dtype="bfloat16"))
     assert np.abs(rough - exact).max() / exact.std() < 0.1  # bf16 keeps 8 bits: 2**-8 a layer, three layers
+
+
+# Families.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_familys_config_comes_back(kind):
+    raw = hf.config_json(KINDS[kind], "bfloat16")
+    assert hf.parse_config(raw, "config.json") == KINDS[kind]
+    wanted = ("qwen3", ["Qwen3ForCausalLM"]) if kind == "qwen3" else ("llama", ["LlamaForCausalLM"])
+    assert (raw["model_type"], raw["architectures"]) == wanted
+
+
+def test_llama_2s_older_config_means_theta_10000():
+    """As meta-llama/Llama-2-7b-hf has it: no rope_theta, no head_dim; 10000 is what transformers fills in."""
+    raw = hf.config_json(LLAMA2, "float16")
+    for newer in ("rope_theta", "rope_parameters", "head_dim", "attention_bias", "mlp_bias"):
+        del raw[newer]
+    assert hf.parse_config(raw, "config.json") == LLAMA2
+    for change in ({"head_dim": 16}, {"rope_scaling": {"rope_type": "llama3"}}, {"model_type": "qwen3", "head_dim": 16}):
+        with pytest.raises(ValueError, match="neither rope_parameters nor rope_theta"):
+            hf.parse_config({**raw, **change}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": None}, "missing head_dim"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'; known: llama, qwen3"),
+    ],
+)
+def test_what_is_not_qwen3_dense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        hf.parse_config({**hf.config_json(QWEN3, "bfloat16"), **change}, "config.json")
+
+
+def test_qwen3_counts_its_norms():
+    """Qwen3-8B: 8,190,735,360 parameters (transformers' count of the published config)."""
+    eight = dataclasses.replace(
+        QWEN3, vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, num_kv_heads=8
+    )
+    assert llama.parameter_count(eight)[0] == 8_190_735_360

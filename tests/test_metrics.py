@@ -7,7 +7,7 @@ from swallow_jax import stats
 from swallow_jax.evaluate import metrics
 
 LABELS = ["lie", "gift", "compliant"]
-STATISTICS = metrics.Statistics(level=0.95, permutations=1000, resamples=2000, seed=0, bins=2)
+STATISTICS = metrics.Statistics(level=0.95, permutations=1000, resamples=2000, seed=0, bins=2, simulations=0)
 
 
 def rows(model, seed, table, probs=None):
@@ -172,3 +172,10 @@ def test_whole_prediction_files_are_read_as_they_are(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows("m", 0, FOUR)))
     assert metrics.read_predictions(str(path), LABELS) == rows("m", 0, FOUR)
+
+
+def test_rows_of_two_test_sets_are_not_scored_together():
+    table = rows("m", 0, FOUR)
+    table[2]["test_set"] = "another"
+    with pytest.raises(ValueError, match=r"name 2 test sets, \['another', 't'\]"):
+        metrics.arms(table, GOLD)

@@ -133,7 +133,7 @@ def test_the_surest_example_is_shown_and_a_kind_that_did_not_occur_is_said_so(ev
     shown = report.read_evaluation(evaluation)
     hit, _, alarm = report.examples(shown, "keywords")
     assert hit["row"]["conversation_id"] == "c1v"
-    assert report.example_words(hit, shown.names()) == "hit: c1v, gold Bribes, predicted Bribes (90 %)"
+    assert report.example_words(hit, shown.names()) == "hit: c1v, gold a Bribe, predicted a Bribe (90 %)"
     assert report.example_words(alarm, shown.names()) == "false alarm: none on this test set"
 
 
@@ -237,7 +237,7 @@ def test_a_flat_curve_and_a_single_point_still_draw():
 
 
 def test_every_report_config_loads():
-    from configs.report import demo, tiny
+    from configs.report import demo, test_v1, tiny
 
-    for c in (tiny.get_config(), demo.get_config()):
+    for c in (tiny.get_config(), demo.get_config(), test_v1.get_config()):
         run.build(report.Sections, c.to_dict(), "config")

@@ -70,6 +70,11 @@ def test_kept_tokens_are_those_of_transformers():
         if top_p < 1:
             scores = hf.TopPLogitsWarper(top_p)(None, scores)
         theirs = np.isfinite(scores[0].numpy())
+        # Token for token: the noisy maximum over what they leave, with their scores, is what is drawn here.
+        n = 200
+        noise = sampling.gumbel(jnp.arange(n, dtype=jnp.uint32), jnp.zeros(n, jnp.int32), jnp.tile(jnp.arange(1000), (n, 1)))
+        tokens, _ = draw(np.tile(logits, (n, 1)), [(temperature, top_k, top_p)] * n, np.arange(n))
+        assert np.mean(np.asarray(tokens) == np.argmax(scores[0].numpy() + np.asarray(noise), axis=-1)) >= 1 - 1 / n
         # The last token may differ by float32 rounding of its cumulative sum; none other may.
         assert np.sum(theirs != kept(logits, temperature, top_k, top_p)) <= (1 if top_p < 1 else 0)
 

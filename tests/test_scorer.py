@@ -1,9 +1,12 @@
 """Scores equal those of a full forward over context + continuation, whatever is scored beside them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from swallow_jax import llama
 from swallow_jax.generate import scorer
 from tests.test_engine import COMPUTE, CONFIG, full_logits, job, made_params, run
 
@@ -45,6 +48,46 @@ def test_sums_equal_the_full_forward(params):
             logprobs = np.asarray(jax.nn.log_softmax(logits))[len(asked.context_ids) - 1 : -1]
             reference = logprobs[np.arange(len(continuation)), continuation].sum()
             assert abs(logprob - reference) < 1e-5 * max(1, len(continuation)) * 3
+
+
+def test_a_shared_prefix_changes_no_score_and_is_computed_once(params, monkeypatch):
+    calls = []
+    original = scorer.Prompts.run
+    monkeypatch.setattr(scorer.Prompts, "run", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    prefix = np.random.default_rng(8).integers(0, 300, 50).tolist()
+    asked = [dataclasses.replace(q, context_ids=[*prefix, *q.context_ids]) for q in QUESTIONS]
+    whole = score(params, asked, max_length=160)
+    assert not calls
+    shared = score(params, [dataclasses.replace(q, prefix=50) for q in asked])
+    assert len(calls) == 1
+    for name, answer in whole.items():
+        np.testing.assert_allclose(shared[name].logprobs, answer.logprobs, atol=1e-4)
+        assert (shared[name].greedy, shared[name].tokens) == (answer.greedy, answer.tokens)
+
+
+def test_a_long_context_in_pieces_gives_the_same_scores(params, monkeypatch):
+    asked = [question(0, 70, 3, 1, 9), question(1, 64, 2, 9, 4), question(2, 33, 1, 1, 2), question(3, 65, 12, 1, 1)]
+    whole = score(params, asked, max_length=200)
+    monkeypatch.setattr(scorer, "_PIECE", 32)
+    scorer._score.clear_cache()
+    pieces = score(params, asked, max_length=200)
+    scorer._score.clear_cache()
+    for name, answer in whole.items():
+        np.testing.assert_allclose(pieces[name].logprobs, answer.logprobs, atol=1e-4)
+        assert pieces[name].greedy == answer.greedy
+
+
+def test_memory_is_bounded_for_a_long_context_and_a_large_vocabulary():
+    config = dataclasses.replace(CONFIG, vocab_size=131072, num_layers=1)
+    params = scorer.decode_form(llama.init_params(config, jax.random.key(0), np.float32), "float32")
+    C, R, T, U = 2, 1, 8192, 63
+    compute = dataclasses.replace(COMPUTE, scan_layers=False)
+    compiled = scorer._score.lower(
+        params, np.zeros((R, T), np.int32), np.ones(R, np.int32), np.zeros((C, R, U + 1), np.int32), np.ones((C, R), np.int32),
+        None, config=config, compute=compute,
+    ).compile()  # fmt: skip
+    # Scores of one piece against all slots are 135 MB; logits of all positions would be 4.3 GB, all scores 1.1 GB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 450e6
 
 
 def test_greedy_is_true_exactly_for_what_greedy_decoding_writes(params):
@@ -107,6 +150,8 @@ def test_buckets_waste_at_most_a_third():
 def test_what_cannot_be_scored_is_refused_with_its_numbers(params):
     with pytest.raises(ValueError, match=r"context of 90 and a continuation of 9 tokens do not fit max_length=96"):
         score(params, [question(0, 90, 9)])
+    with pytest.raises(ValueError, match="prefix=7 of 7 tokens"):
+        score(params, [dataclasses.replace(question(0, 7, 9), prefix=7)])
     with pytest.raises(ValueError, match="context is empty"):
         score(params, [question(0, 0, 9)])
     with pytest.raises(ValueError, match=r"continuations of \[2, 0\] tokens"):

@@ -186,3 +186,114 @@ def test_calibration_refuses_rows_that_are_no_distribution():
 def test_scores_and_pairs_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="3 items"):
         stats.sign_flip_pairs(np.ones((1, 2)), np.ones((1, 2)), alone(3), permutations=10, seed=0)
+
+
+def test_one_thousand_random_tables_equal_statsmodels():
+    """Wilson, exact McNemar and Holm; statsmodels' own McNemar fails without disagreement, ours is 1."""
+    from statsmodels.stats.contingency_tables import mcnemar
+    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.proportion import proportion_confint
+
+    generator = np.random.default_rng(8)
+    p_values = []
+    for _ in range(1000):
+        n = int(generator.integers(1, 600))
+        both, a_only, b_only, neither = generator.multinomial(n, generator.dirichlet([2, 0.5, 0.5, 1]))
+        for k in (both + a_only, both + b_only):
+            expected = proportion_confint(k, n, alpha=0.05, method="wilson")
+            assert np.allclose(stats.wilson(k, n), expected, rtol=0, atol=1e-9)
+        if a_only + b_only:
+            p_values.append(mcnemar([[both, a_only], [b_only, neither]], exact=True).pvalue)
+            assert abs(stats.mcnemar_exact(int(b_only), int(a_only)) - p_values[-1]) < 1e-9
+    assert len(p_values) > 900
+    for start in range(0, 900, 9):
+        few = p_values[start : start + 9]
+        assert np.allclose(stats.holm(few), multipletests(few, method="holm")[1], rtol=0, atol=1e-9)
+
+
+def test_t_interval_equals_scipys_and_one_seed_has_none():
+    values = [0.81, 0.84, 0.79]
+    expected = reference.t.interval(0.95, 2, loc=np.mean(values), scale=reference.sem(values))
+    assert np.allclose(stats.t_interval(values), expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="two values or more, got 1"):
+        stats.t_interval([0.5])
+
+
+def test_t_interval_of_three_seeds_covers_95_percent():
+    generator = np.random.default_rng(9)
+    intervals = [stats.t_interval(seeds) for seeds in generator.normal(0.8, 0.02, size=(4000, 3))]
+    assert abs(np.mean([low <= 0.8 <= high for low, high in intervals]) - 0.95) < 0.01
+
+
+def test_paired_bootstrap_covers_95_percent_on_dependent_twins():
+    """172 twin pairs whose answers go together, one seed: what every single comparison of test_v1 rests on."""
+    generator = np.random.default_rng(10)
+    pairs = [str(number // 2) for number in range(344)]
+    held = 0
+    for trial in range(400):
+        skill = np.repeat(generator.normal(0, 1, 172), 2)
+        a, b = ((skill + generator.normal(shift, 1, 344) > 0)[None] for shift in (0.9, 0.6))
+        low, high = stats.paired_bootstrap(a, b, pairs, resamples=1000, seed=trial)
+        true = reference.norm.cdf(0.9 / 2**0.5) - reference.norm.cdf(0.6 / 2**0.5)
+        held += low <= true <= high
+    assert 0.92 <= held / 400 <= 0.975
+
+
+def test_coverage_is_simulated_from_the_answers_themselves():
+    generator = np.random.default_rng(11)
+    pairs = [str(number // 2) for number in range(200)]
+    a, b = (generator.random((1, 200)) < 0.8), (generator.random((1, 200)) < 0.6)
+    found = stats.simulated_coverage(a, b, pairs, simulations=200, seed=0)
+    assert 0.90 <= found <= 0.99
+    assert found == stats.simulated_coverage(a, b, pairs, simulations=200, seed=0)
+    # One pair of a hundred differs: most studies of this world see none, and an interval of no width misses the truth.
+    rare = np.zeros((1, 200))
+    rare[0, 0] = 1
+    assert stats.simulated_coverage(rare, np.zeros((1, 200)), pairs, simulations=200, seed=0) < 0.75
+
+
+def test_ratio_bootstrap_covers_95_percent_of_documents_bits():
+    """Twenty documents are few: the percentile interval is somewhat too short, and the report says so by its size."""
+    generator = np.random.default_rng(12)
+    held = 0
+    for trial in range(500):
+        size = generator.integers(300, 900, 60)
+        bits = size * generator.normal(1.1, 0.2, 60)
+        low, high = stats.ratio_bootstrap(bits, size, resamples=600, seed=trial)
+        held += low <= 1.1 <= high
+    assert 0.91 <= held / 500 <= 0.975
+
+
+def test_seed_and_item_noise_are_told_apart():
+    from swallow_jax.evaluate import metrics
+
+    generator = np.random.default_rng(13)
+    pairs = [str(number // 2) for number in range(400)]
+    correct = generator.random((1, 400)) < 0.7
+    assert stats.pair_standard_error(correct, pairs) == pytest.approx(np.sqrt(0.7 * 0.3 / 400), rel=0.15)
+    twins = np.repeat(generator.random((1, 200)) < 0.7, 2, axis=1)  # both right or both wrong: half as many facts
+    assert stats.pair_standard_error(twins, pairs) == pytest.approx(np.sqrt(0.7 * 0.3 / 200), rel=0.15)
+
+    def row(scores_SI):
+        rows = [
+            [
+                {"conversation_id": str(i), "gold": "x", "pred": "x" if right else "y", "valid": True}
+                for i, right in enumerate(seed)
+            ]
+            for seed in scores_SI
+        ]
+        arm = metrics.Arm(name="m", test_set="t", seeds=tuple(range(len(rows))), rows=tuple(map(tuple, rows)))
+        settings = metrics.Statistics(level=0.95, permutations=10, resamples=200, seed=0, bins=2, simulations=0)
+        return metrics.score_row(arm, metrics.metric("exact_category"), {str(i): pairs[i] for i in range(400)}, settings)
+
+    steady = row(np.repeat(correct, 3, axis=0))
+    assert steady["sd_seeds"] == 0 and steady["se_items"] > 0.02
+    assert "sd_seeds" not in row(correct)
+
+
+def test_detectable_mean_difference_is_found_four_times_in_five():
+    generator = np.random.default_rng(14)
+    spread = generator.normal(0, 0.3, 400)
+    smallest = stats.mean_mde(spread)
+    found = [abs(reference.ttest_1samp(generator.normal(smallest, 0.3, 400), 0).pvalue) < 0.05 for _ in range(800)]
+    assert 0.74 < np.mean(found) < 0.86

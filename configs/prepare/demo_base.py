@@ -23,6 +23,10 @@ def get_config() -> ConfigDict:
             "unique_paragraphs": True,
             "near_bands": 40,  # 40 x 20: found with probability 0.994 at Jaccard 0.9, under 1e-4 at 0.5
             "near_rows": 20,
+            "mask": (),  # maintainers' addresses in free manuals are published on purpose
+            "corrections": None,
+            "task_mb": 16.0,
+            "max_document_mb": 64.0,
         }
     )
     c.dialogues = None
@@ -39,5 +43,7 @@ def get_config() -> ConfigDict:
             "repeat": 8,  # the manuals are far longer
         }
     )
+    c.mix = None
+    c.engine = ConfigDict({"kind": "here", "workers": 1, "address": "", "slurm": {}})
     c.pack = ConfigDict({"row_length": 512, "rows_per_shard": 65536, "heldout_share": 0.02})
     return c

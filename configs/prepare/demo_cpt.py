@@ -7,15 +7,16 @@ Cost: seconds. General text is replayed from the base's own shards where they ar
 
 from ml_collections import ConfigDict
 
-from configs.prepare import demo_base
+from configs.prepare import demo_base, tiny
 
 
 def get_config() -> ConfigDict:
     c = demo_base.get_config()
     c.corpus.domains = ("configs/domains/demo_finance_ja",)
+    c.corpus.mask = tiny.get_config().corpus.mask
     c.contamination = ConfigDict(
         {
-            "test_sets": ("configs/tasks/insurance_sales_compliance/test_demo.jsonl",),
+            "test_sets": ("configs/tasks/*",),  # every task's test and development sets
             "protect": "turns",
             "ngram": 13,
             "jaccard": 0.5,

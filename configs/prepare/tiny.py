@@ -20,12 +20,18 @@ def get_config(mode: str = "documents") -> ConfigDict:
             "unique_paragraphs": True,
             "near_bands": 40,
             "near_rows": 20,
+            "mask": ("email", "card", "my_number", "policy_number", "phone", "postal_code", "account"),
+            "corrections": None,  # decisions of experts, see tools.review
+            "task_mb": 16.0,
+            "max_document_mb": 64.0,
         }
     )
     c.dialogues = None
     c.contamination = None
     c.tokenizer = None
     c.train_tokenizer = ConfigDict({"vocab_size": 512, "texts": ("configs/prepare/tiny_data/*.jsonl",), "repeat": 1})
+    c.mix = None
+    c.engine = ConfigDict({"kind": "here", "workers": 1, "address": "", "slurm": {}})
     c.pack = ConfigDict({"row_length": 64, "rows_per_shard": 64, "heldout_share": 0.1})
     if mode == "dialogues":
         c.corpus = None

@@ -18,4 +18,6 @@ def get_config() -> ConfigDict:
     c.quotation = ConfigDict()
     c.limits = ()
     c.own_data = ""
+    c.browser = False
+    c.versions = ()
     return c

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.init = "configs/base"
+    c.init_unfinished = False
     c.mesh, c.compute, c.optim, c.checkpoint = b.mesh, b.compute, b.optim, b.checkpoint
     c.data = ConfigDict()
     c.data.samples = "configs/prepare/tiny_data/chats.jsonl"

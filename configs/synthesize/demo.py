@@ -11,13 +11,16 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "configs/tasks/insurance_sales_compliance"
-    config.sft_prompt = "classify"  # the short one; real models take classify_full
     config.record = None  # see demo_record.py
     config.keep_pairs = True  # a conversation whose twin falls, falls too
 
     config.plan = ConfigDict()
     config.plan.seed = 20261122
     config.plan.dev_scenarios = 4  # of each category, for the held-out loss of SFT
+    config.plan.personas = None
+
+    # One round: a recorded teacher has no second answer.
+    config.budget = ConfigDict({"rounds": 1, "requests": 10_000, "failures_in_a_row": 10})
 
     config.teachers = ConfigDict()
     # Written for this project (banks/), assembled and recorded by demo_record.py.
@@ -30,7 +33,16 @@ def get_config() -> ConfigDict:
             },
             "scenarios": "banks",
             "quotas": {"train_pairs": 80, "dev_pairs": 4},  # of each category: 1,176 conversations
-            "asking": {"prompt": "teacher", "max_new_tokens": 2048, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "stop": ()},
+            "asking": {
+                "prompt": "teacher",
+                "max_new_tokens": 2048,
+                "temperature": 0.8,
+                "top_k": 0,
+                "top_p": 0.95,
+                "stop": (),
+                "twin": None,
+                "evidence": None,
+            },
         }
     )
     # A toy model cannot write a conversation to order. It continues one whose decisive exchange is given, so that the label
@@ -59,6 +71,8 @@ def get_config() -> ConfigDict:
                 "top_k": 40,
                 "top_p": 0.9,
                 "stop": ("\n\n",),
+                "twin": None,
+                "evidence": None,
             },
         }
     )
@@ -83,8 +97,15 @@ def get_config() -> ConfigDict:
             "near_test": 0.5,
             "near_duplicate": 0.8,
             "test_turns": "all",  # stricter than 'carriers': not even a neutral turn of the test occurs in training
+            "personal_data": ("email", "card", "my_number", "phone", "postal_code", "account", "policy_number"),
+            "max_twin_turns": 0,  # the live engine goes on as it likes; the banks' twins differ in the decisive turn alone
         }
     )
 
-    config.verifier = None  # {"backend", "prompt"} of an independent model; absent here, so the report says "not run"
+    config.probes = ConfigDict({"max_length_accuracy": 0.55, "max_ngram_auc": 0.60, "pairs": 500})
+    # The short prompt; real models take classify_full.
+    config.sft = ConfigDict(
+        {"prompts": ("classify",), "target": None, "rationale_share": 0.0, "replay": None, "replay_share": 0.0, "seed": 0}
+    )
+    config.verifier = None  # an independent model (see own.py); absent here, so the report says "not run"
     return config

@@ -13,6 +13,7 @@ from configs.synthesize import demo
 def get_config() -> ConfigDict:
     config = demo.get_config()
     config.record = ConfigDict()
+    config.record.sets = ("demo",)  # test and dev sets of the task that come from its banks; test_v1 is written by hand
     config.record.split = ConfigDict(
         {
             "test_pairs": 172,  # 344 conversations, the shape of the original's test set: 24 or 25 pairs a category

@@ -2,11 +2,15 @@
 
 Near means MinHash over character 5-grams (Broder 1997), candidates by banding (two texts of Jaccard similarity s meet with
 probability 1 - (1 - s^rows)^bands), clusters by union-find. Comparison ignores width, case, white space and punctuation.
+
+What a corpus of any size needs of each text is a few hundred bytes: digests of it and of its paragraphs, and a 64-bit key
+for each band. `first_seen` and `clusters` work on arrays of these alone.
 """
 
 import dataclasses
 import functools
 import hashlib
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +19,12 @@ from typing import Any
 import numpy as np
 
 SHINGLE = 5  # characters; Japanese words have no spaces between them
+_NO_LETTER = re.compile(r"[\W_]+")  # what is not str.isalnum()
 
 
 def canonical(text: str) -> str:
     """What counts in comparisons: NFKC, lower case, letters and digits only."""
-    return "".join(char for char in unicodedata.normalize("NFKC", text).casefold() if char.isalnum())
+    return _NO_LETTER.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
 def shingles(text: str, n: int = SHINGLE) -> set[str]:
@@ -41,17 +46,94 @@ def digest(text: str) -> bytes:
 # Within a corpus
 
 
-class Seen:
-    """Exact duplicates, paragraph by paragraph or whole: `seen.add(text)` says whether the text is new."""
+def digests(texts: Iterable[str]) -> np.ndarray:
+    """`digest` of each text: uint64 [texts, 2]."""
+    return np.frombuffer(b"".join(map(digest, texts)), np.uint64).reshape(-1, 2)
 
-    def __init__(self):
-        self._digests: set[bytes] = set()
 
-    def add(self, text: str) -> bool:
-        key = digest(text)
-        new = key not in self._digests
-        self._digests.add(key)
-        return new
+def first_seen(digests_N2: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+    """bool [N]: whether no earlier text has this digest; where `among` is False, a text neither counts nor is counted."""
+    new = np.zeros(len(digests_N2), bool)
+    places = np.arange(len(digests_N2)) if among is None else np.flatnonzero(among)
+    # By parts with equal top bits: what is sorted at a time stays small.
+    part = (digests_N2[places, 0] >> np.uint64(60)).astype(np.uint8)
+    for number in range(16):
+        own = places[part == number]
+        order = np.lexsort((own, digests_N2[own, 1], digests_N2[own, 0]))
+        ordered = digests_N2[own[order]]
+        first = np.ones(len(order), bool)
+        first[1:] = (ordered[1:] != ordered[:-1]).any(1)
+        new[own[order[first]]] = True
+    return new
+
+
+def ngram_hashes(canonical_text: str, n: int) -> np.ndarray:
+    """uint64 hashes of the character n-grams of a canonical text, in order; a shorter text is its own single n-gram."""
+    codes = np.frombuffer(canonical_text.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    length = min(n, len(codes))
+    return _mixed(_polynomials(codes + np.uint64(length << 32), length)) if length else codes
+
+
+def _polynomials(codes: np.ndarray, n: int) -> np.ndarray:
+    """c[i] F^(n-1) + ... + c[i+n-1] modulo 2^64 for every i, by doubling."""
+    if n == 1:
+        return codes
+    half = _polynomials(codes, n // 2)
+    power = np.uint64(pow(int(_FACTOR), n // 2, 1 << 64))
+    joined = half[: -(n // 2)] * power + half[n // 2 :]
+    return joined[:-1] * _FACTOR + codes[n - 1 :] if n % 2 else joined
+
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of the input reaches every bit of the output."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def sketches(texts: Sequence[str], *, num_perm: int, seed: int) -> np.ndarray:
+    """MinHash signatures, uint32 [texts, num_perm], of hashed n-grams: ten times faster than `signatures`, which hash strings."""
+    import rensa
+
+    parts = [np.zeros((0, num_perm), np.uint32)]
+    for first in range(0, len(texts), 1024):  # rensa hands out Python integers: few at a time
+        hashes = [ngram_hashes(canonical(text), SHINGLE) for text in texts[first : first + 1024]]
+        offsets = np.cumsum([0, *map(len, hashes)]).astype(np.uint64)
+        flat = np.concatenate(hashes) if offsets[-1] else np.zeros(0, np.uint64)
+        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, num_perm, seed)
+        parts.append(np.array(matrix.to_rows(), np.uint32))
+    return np.concatenate(parts)
+
+
+def band_keys(signatures_NP: np.ndarray, bands: int) -> np.ndarray:
+    """uint64 [N, bands]: equal where two signatures agree in the whole band (and once in 2^64 elsewhere)."""
+    rows = signatures_NP.reshape(len(signatures_NP), bands, signatures_NP.shape[1] // bands).astype(np.uint64)
+    keys = np.zeros(rows.shape[:2], np.uint64)
+    for r in range(rows.shape[2]):
+        keys = _mixed(keys * _FACTOR + rows[:, :, r] + np.uint64(1))
+    return keys
+
+
+def clusters(keys_NB: np.ndarray) -> np.ndarray:
+    """int64 [N]: for each text the first text of its cluster; texts that share a key of a band are in one cluster."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(keys_NB)
+    edges = [np.zeros((0, 2), np.int64)]
+    for b in range(keys_NB.shape[1]):  # a column at a time: keys may be a file mapped to memory
+        column = np.ascontiguousarray(keys_NB[:, b])
+        order = np.argsort(column, kind="stable")
+        same = np.flatnonzero(column[order][1:] == column[order][:-1])
+        edges.append(np.stack([order[same], order[same + 1]], 1))
+    pairs = np.unique(np.concatenate(edges), axis=0)
+    graph = coo_array((np.ones(len(pairs), np.uint8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    _, labels = connected_components(graph, directed=False)
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return first[inverse].astype(np.int64)
 
 
 def signatures(texts: Iterable[str], *, num_perm: int, seed: int) -> np.ndarray:
@@ -69,19 +151,7 @@ def signatures(texts: Iterable[str], *, num_perm: int, seed: int) -> np.ndarray:
 
 def near_duplicates(texts: Sequence[str], *, bands: int, rows: int, seed: int) -> list[int]:
     """For each text the index of the first text of its cluster (its own index where it has no earlier near duplicate)."""
-    parent = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for group in _buckets(signatures(texts, num_perm=bands * rows, seed=seed), bands):
-        first = root(group[0])
-        for i in group[1:]:
-            first, other = sorted((first, root(i)))
-            parent[other] = first  # the smaller index stays the root
-    return [root(i) for i in range(len(texts))]
+    return clusters(band_keys(sketches(texts, num_perm=bands * rows, seed=seed), bands)).tolist()
 
 
 def _buckets(signatures_NP: np.ndarray, bands: int) -> Iterable[list[int]]:
@@ -171,12 +241,91 @@ class _Similarity:
         return jaccard(self._shingles, self._protected(protected))
 
 
+class Protected:
+    """Utterances that no training text may carry, indexed once; then text after text is held against them.
+
+    A text is hit by an utterance whose character n-gram it contains anywhere, or to which one of its lines is nearly equal
+    (Jaccard similarity of the 5-grams at least `threshold`; MinHash proposes, sets decide). An utterance with fewer than n
+    letters and digits hits nothing: "はい、お願いします" is nobody's property.
+    """
+
+    _BANDS, _ROWS = 64, 2  # a pair of similarity 0.5 is missed once in 10^8, one of 0.3 once in 400
+
+    def __init__(self, utterances: Sequence[str], *, ngram: int, threshold: float):
+        self._ngram, self._threshold = ngram, threshold
+        self._canonical = [canonical(text) for text in utterances]
+        self._long = np.array([i for i, text in enumerate(self._canonical) if len(text) >= ngram], np.int64)
+        hashes = [ngram_hashes(self._canonical[i], ngram) for i in self._long]
+        owners = np.repeat(self._long, [len(part) for part in hashes]) if hashes else np.zeros(0, np.int64)
+        flat = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+        order = np.argsort(flat, kind="stable")
+        self._grams, self._owners = flat[order], owners[order]
+        self._maybe = np.zeros(1 << 22, bool)  # by the top bits: most n-grams of a corpus end here
+        self._maybe[flat >> np.uint64(42)] = True
+        self._sets = [shingles(utterances[i]) for i in self._long]
+        self._sketches = self._sketch([utterances[i] for i in self._long])
+        keys = band_keys(self._sketches, self._BANDS)
+        self._order = np.argsort(keys, axis=0, kind="stable")
+        self._sorted = np.take_along_axis(keys, self._order, 0)
+
+    def _sketch(self, texts: Sequence[str]) -> np.ndarray:
+        return sketches(texts, num_perm=self._BANDS * self._ROWS, seed=0)
+
+    def hits(self, texts: Sequence[str]) -> list[Hit]:
+        """Both tests on whole texts; `train` counts them."""
+        if not len(self._long):
+            return []
+        return [hit for i, text in enumerate(texts) for hit in self.ngram_hits(text, i)] + self._near_hits(texts)
+
+    def ngram_hits(self, text: str, number: int = 0) -> list[Hit]:
+        """The first of the two tests, on one text."""
+        own, shared = canonical(text), {}
+        hashes = ngram_hashes(own, self._ngram)
+        for i in np.flatnonzero(self._maybe[hashes >> np.uint64(42)]) if len(own) >= self._ngram else ():
+            gram = own[i : i + self._ngram]
+            begin, end = (np.searchsorted(self._grams, hashes[i], side=side) for side in ("left", "right"))
+            for owner in self._owners[begin:end].tolist():
+                if owner not in shared and gram in self._canonical[owner]:
+                    shared[owner] = gram
+        mine = shingles(text) if shared else set()
+        return [
+            Hit(train=number, protected=owner, overlap=gram, jaccard=jaccard(mine, shingles(self._canonical[owner])))
+            for owner, gram in sorted(shared.items())
+        ]
+
+    def _near_hits(self, texts: Sequence[str]) -> list[Hit]:
+        lines = [(i, line) for i, text in enumerate(texts) for line in text.split("\n") if line]
+        # A set of 5-grams reaches the threshold only where the sizes allow it.
+        least = min(len(part) for part in self._sets) * self._threshold
+        lines = [(i, line) for i, line in lines if len(line) - SHINGLE + 1 >= least]
+        if not lines:
+            return []
+        own = self._sketch([line for _, line in lines])
+        keys, pairs = band_keys(own, self._BANDS), []
+        for b in range(self._BANDS):
+            begin = np.searchsorted(self._sorted[:, b], keys[:, b])
+            count = np.searchsorted(self._sorted[:, b], keys[:, b], side="right") - begin
+            where = np.repeat(np.arange(len(lines)), count)
+            within = np.arange(len(where)) - np.repeat(np.cumsum(count) - count, count)
+            pairs.append(np.stack([where, self._order[begin[where] + within, b]], 1))
+        pairs = np.concatenate(pairs)
+        pairs = pairs[np.unique(pairs[:, 0] * len(self._sets) + pairs[:, 1], return_index=True)[1]]
+        # The share of equal places estimates the similarity; four standard deviations below the threshold need no second look.
+        spread = 4 * (self._threshold * (1 - self._threshold) / own.shape[1]) ** 0.5
+        alike = [float((own[line] == self._sketches[k]).mean()) for line, k in pairs]
+        hits, sets = [], {}
+        for line, k in pairs[np.array(alike, float) >= self._threshold - spread].tolist():
+            if line not in sets:
+                sets = {line: shingles(lines[line][1])}
+            similarity = jaccard(sets[line], self._sets[k])
+            if similarity >= self._threshold:
+                hits.append(Hit(train=lines[line][0], protected=int(self._long[k]), overlap="", jaccard=similarity))
+        return hits
+
+
 def leaks(texts: Sequence[str], utterances: Sequence[str], *, ngram: int, threshold: float) -> list[Hit]:
-    """Both tests on whole documents: n-grams anywhere, near duplicates line by line. `train` counts documents."""
-    owners = [number for number, text in enumerate(texts) for _ in text.split("\n")]
-    lines = [line for text in texts for line in text.split("\n")]
-    near = near_hits(lines, utterances, threshold=threshold)
-    return ngram_hits(texts, utterances, n=ngram) + [dataclasses.replace(hit, train=owners[hit.train]) for hit in near]
+    """`Protected.hits` for a few texts."""
+    return Protected(utterances, ngram=ngram, threshold=threshold).hits(texts)
 
 
 def protected_utterances(conversations: Iterable[Mapping[str, Any]], which: str) -> list[dict[str, Any]]:

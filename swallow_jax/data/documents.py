@@ -1,33 +1,24 @@
-"""Raw files to documents, and the domain folder that says what may be read and how.
+"""Documents with their provenance, and the domain folder that says what may be read and how.
 
-A document is a dict `{"id", "text", "source", "licence"}`, with `url` and `retrieved_at` where they are known. JSON lines
-hold one document a line; a text or HTML file is one document. Paragraphs of a document are its lines.
+A document is a dict `{"id", "text", "source", "licence"}`, with `sector`, `url` and `retrieved_at` where they are known.
+Paragraphs of a document are its lines. How files become documents stands in `readers`.
 
 A domain folder holds `domain.yaml`: sources with licences and allowed uses, filter profiles, seed words (see
-`configs/domains/demo_general_ja/domain.yaml`). A source without a licence, or not allowed for training, is refused.
+`configs/domains/japanese_finance/domain.yaml`). The licence gate: a source that states no licence, or does not allow training,
+is refused unless `reason` says in words why it may be used all the same.
 """
 
 import dataclasses
-import gzip
-import html.parser
 import json
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from swallow_jax.data import filters
+from swallow_jax.data import filters, readers
+from swallow_jax.data.readers import Failure, How, Piece
 
 TRAINING = "training"  # the allowed use that every source must state
-
-_TEXT = (".txt", ".md")
-_HTML = (".html", ".htm", ".xhtml")
-_ROWS = (".jsonl",)
-_ROFF = re.compile(r"\.[1-9][a-z]*$")  # manual pages
-
-
-# Files
+MAX_BYTES = 64 << 20  # of a document, where no config says otherwise
 
 
 def read(
@@ -35,217 +26,40 @@ def read(
 ) -> Iterator[dict[str, Any]]:
     """Documents of files in the order given. `source` and `licence` are for rows and files that bring none of their own.
 
-    Raises ValueError naming file and line for what cannot be read, for a document without source or licence, and when
+    Strict: raises ValueError naming file and line for what cannot be read, for a document without source or licence, and when
     there is no document at all.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     found = False
-    for path in paths:
-        for document in read_file(Path(path), name=str(path), source=source, licence=licence):
+    for path in map(Path, paths):
+        piece, how = Piece(path=path, name=str(path)), How(columns={}, extract="whole", max_bytes=MAX_BYTES)
+        for row in readers.read(piece, how):
+            if isinstance(row, Failure) and row.kind == "empty":
+                continue
+            document = complete(row, source, licence)
+            if isinstance(document, Failure):
+                raise ValueError(f"{document.where}: {document.words}")
             found = True
             yield document
     if not found:
         raise ValueError(f"no document in {', '.join(map(str, paths)) or 'an empty list of files'}: empty corpus")
 
 
-def read_file(path: Path, *, name: str, source: str | None, licence: str | None) -> Iterator[dict[str, Any]]:
-    """Documents of one file; `name` stands for it in ids, so that they do not depend on where the reader keeps it."""
-    kind = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if kind in _ROWS:
-        for number, line in _lines(path):
-            if line.strip():
-                yield _row(line, f"{path}:{number}", f"{name}#{number}", source, licence)
-    elif kind in _TEXT + _HTML or _ROFF.match(kind):
-        data = _bytes(path)
-        text = _decode_html(data, path) if kind in _HTML else _decode(data, "utf-8", str(path))
-        text = html_text(text) if kind in _HTML else roff_text(text) if _ROFF.match(kind) else text
-        if text.strip():
-            if not (source and licence):
-                raise ValueError(f"{path}: a plain file names no source or licence; state both in a domain.yaml")
-            yield {"id": f"{source}:{name}", "text": text, "source": source, "licence": licence}
-    else:
-        known = " ".join(_ROWS + _TEXT + _HTML)
-        kind = kind or "a file without suffix"
-        raise ValueError(f"{path}: cannot read {kind}; known are {known} and manual pages, each also .gz")
-
-
-def _row(line: bytes, where: str, default_id: str, source: str | None, licence: str | None) -> dict[str, Any]:
-    try:
-        row = json.loads(_decode(line, "utf-8", where))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not a JSON object ({error.msg}); mend or remove the line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'{where}: needs a JSON object with a string "text"; got {line[:60]!r}')
+def complete(row: dict[str, Any] | Failure, source: str | None, licence: str | None) -> dict[str, Any] | Failure:
+    """A reader's row with id, source and licence; a failure where one of them is nowhere stated."""
+    if isinstance(row, Failure):
+        return row
+    where, default_id = row.pop("where"), row.pop("default_id")
     row["source"] = row.get("source") or source
     row["licence"] = row.get("licence") or licence
     for field in ("source", "licence"):
-        if not row[field]:
-            raise ValueError(f'{where}: the document states no "{field}"; add it to the row or to a domain.yaml')
+        if not isinstance(row[field], str):
+            words = (
+                f'the document states no "{field}"; state it there or, as a plain file names no source or licence, in domain.yaml'
+            )
+            return Failure(where, f"no_{field}", words)
     row["id"] = str(row.get("id") or f"{row['source']}:{default_id}")
     return row
-
-
-def _open(path: Path):
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip after line {number} ({error}); fetch it again") from error
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        with _open(path) as file:
-            return file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip ({error}); fetch it again") from error
-
-
-def _decode(data: bytes, encoding: str, where: str) -> str:
-    try:
-        return data.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: byte {error.start} is not {encoding}; convert the file to UTF-8") from error
-
-
-def _decode_html(data: bytes, path: Path) -> str:
-    """HTML declares its encoding in the first bytes; without a declaration it is UTF-8."""
-    declared = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?\s*([\w-]+)", data[:2048])
-    encoding = declared[1].decode("ascii") if declared else "utf-8"
-    try:
-        return _decode(data, encoding, str(path))
-    except LookupError as error:
-        raise ValueError(f"{path}: declares the unknown encoding {encoding!r}") from error
-
-
-# HTML
-
-_DROPPED = frozenset(
-    ("script", "style", "nav", "header", "footer", "aside", "noscript", "button", "select", "svg", "head", "template", "iframe")
-)
-_BLOCKS = frozenset(
-    ("p", "div", "br", "h1", "h2", "h3", "h4", "h5", "h6", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "thead", "tbody")
-    + ("td", "th", "caption", "pre", "blockquote", "section", "article", "main", "body", "figure", "figcaption", "hr", "form")
-    + ("fieldset", "details", "summary", "address")
-)
-_JAPANESE = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"
-_JOIN = re.compile(rf"(?<=[{_JAPANESE}])[ \t\r\n]*\n[ \t\r\n]*(?=[{_JAPANESE}])")
-
-
-class _TextOf(html.parser.HTMLParser):
-    """Collects text outside dropped elements, one paragraph for each block element."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.paragraphs: list[str] = []
-        self._parts: list[str] = []
-        self._dropped: list[str] = []  # open dropped elements
-        self._pre = 0
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "body":
-            self._dropped.clear()  # </head> may be left out
-        if tag in _DROPPED:
-            self._dropped.append(tag)
-        elif tag in _BLOCKS:
-            self._break()
-            self._pre += tag == "pre"
-
-    def handle_endtag(self, tag):
-        if tag in self._dropped:
-            # An unclosed <nav> inside must not swallow the page: close up to the matching one.
-            while self._dropped.pop() != tag:
-                pass
-        elif tag in _BLOCKS:
-            self._break()
-            self._pre -= tag == "pre" and self._pre > 0
-
-    def handle_startendtag(self, tag, attrs):
-        if tag in _BLOCKS:
-            self._break()
-
-    def handle_data(self, data):
-        if not self._dropped and data != "¶":  # Sphinx's link to a heading
-            self._parts.append(data)
-
-    def _break(self):
-        text = "".join(self._parts)
-        self._parts.clear()
-        if not self._pre:
-            # A line break in the source is no space between two Japanese characters.
-            text = re.sub(r"[ \t\r\n\f\v]+", " ", _JOIN.sub("", text))
-        if text.strip():
-            self.paragraphs.append(text.strip())
-
-    def close(self):
-        super().close()
-        self._break()
-
-
-def html_text(page: str) -> str:
-    """Readable text of an HTML page: block elements become lines; scripts, navigation and the head are dropped."""
-    parser = _TextOf()
-    parser.feed(page)
-    parser.close()
-    return "\n".join(parser.paragraphs)
-
-
-# Manual pages
-
-_FONTS = re.compile(r"[.'](?:B|I|R|BR|BI|RB|RI|IR|IB|SM|SB)\s+(.*)")
-_HEADS = re.compile(r"[.'](?:SH|SS|Sh|Ss)\s+(.*)")
-_ESCAPES = (
-    (re.compile(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^,/:%)!c]|\\\*\(..|\\\*.|\\\".*"), ""),
-    (re.compile(r"\\\(bu|\\\[bu\]"), "・"),
-    (re.compile(r"\\\(em|\\\(en|\\\[e[mn]\]"), "-"),
-    (re.compile(r"\\\((?:[lr]q|aq|dq)|\\\[(?:[lr]q|aq|dq)\]"), '"'),
-    (re.compile(r"\\\(..|\\\[[^]]*\]|\\[nhvwkz](?:\(..|'[^']*'|.)"), ""),
-    (re.compile(r"\\[~0 ]"), " "),
-    (re.compile(r"\\e"), r"\\"),
-    (re.compile(r"\\(.)"), r"\1"),
-)
-
-
-def roff_text(page: str) -> str:
-    """Readable text of a manual page (man macros): headings and paragraphs become lines, unfilled text (code) is dropped."""
-    paragraphs: list[list[str]] = [[]]
-    filling = True
-    for line in page.splitlines():
-        if line[:1] not in (".", "'"):
-            if filling:
-                paragraphs[-1].append(line)
-            if not line.strip():
-                paragraphs.append([])
-            continue
-        macro = line[1:].split(maxsplit=1)[0] if line[1:].strip() else ""
-        if macro in ("nf", "EX"):
-            filling = False
-        elif macro in ("fi", "EE"):
-            filling = True
-        if found := _FONTS.match(line):
-            if filling:
-                words = re.findall(r'"([^"]*)"|(\S+)', found[1])
-                glue = " " if len(macro) == 1 or macro == "SM" else ""  # BR, IR ... join what they alternate
-                paragraphs[-1].append(glue.join(quoted or word for quoted, word in words))
-        elif found := _HEADS.match(line):
-            paragraphs += [[found[1].strip('"')], []]
-        elif macro not in ("ft", "ad", "hy", "ne", "ie", "el", "if") and not macro.startswith('\\"'):
-            paragraphs.append([])
-    lines = (_JOIN.sub("", "\n".join(parts)) for parts in paragraphs)
-    lines = (re.sub(r"\s+", " ", _unescape(line)).strip() for line in lines)
-    return "\n".join(line for line in lines if line)
-
-
-def _unescape(text: str) -> str:
-    for pattern, to in _ESCAPES:
-        text = pattern.sub(to, text)
-    return text
 
 
 # The domain folder
@@ -265,11 +79,17 @@ class Source:
     profile: str
     url: str | None
     retrieved_at: str | None
+    reason: str | None  # why it may be used although its licence does not say so
+    columns: Mapping[str, str]  # our field -> the file's column, see readers.How
+    extract: str  # of HTML: the 'whole' page or its main 'article'
 
     def files(self, folder: Path, root: Path) -> list[Path]:
         """The source's files in a stable order; raises ValueError where there is none."""
         base, pattern = (folder, self.path) if self.path else (root, self.place)
-        files = sorted(file for file in base.glob(pattern.lstrip("/")) if file.is_file())
+        # A link that leads nowhere stays in the list: it fails with a reason when it is read.
+        files = sorted(
+            file for file in base.glob(pattern.lstrip("/")) if file.is_file() or (file.is_symlink() and not file.is_dir())
+        )
         if not files:
             raise ValueError(
                 f"source {self.id}: nothing matches {base / pattern.lstrip('/')}; install or unpack it, set --config.root "
@@ -277,15 +97,31 @@ class Source:
             )
         return files
 
-    def read(self, file: Path, folder: Path, root: Path) -> Iterator[dict[str, Any]]:
-        """Documents of one file, with this source's id; its licence, sector, url and time where a row has none of its own."""
-        name = file.relative_to(folder if self.path else root).as_posix()
-        for document in read_file(file, name=name, source=self.id, licence=self.licence):
-            document["source"] = self.id
-            for field in ("sector", "url", "retrieved_at"):
-                if getattr(self, field):
-                    document.setdefault(field, getattr(self, field))
+    def pieces(self, folder: Path, root: Path, target_bytes: int) -> list[Piece]:
+        """The source's files, large ones in parts, in a stable order."""
+        base = folder if self.path else root
+        return [
+            piece
+            for file in self.files(folder, root)
+            for piece in readers.pieces(file, file.relative_to(base).as_posix(), target_bytes)
+        ]
+
+    def read_piece(self, piece: Piece, max_bytes: int) -> Iterator[dict[str, Any] | Failure]:
+        """Documents of a piece, with this source's id; its licence, sector, url and time where a row has none of its own."""
+        how = How(columns=self.columns, extract=self.extract, max_bytes=max_bytes)
+        for row in readers.read(piece, how):
+            document = complete(row, self.id, self.licence)
+            if not isinstance(document, Failure):
+                document["source"] = self.id
+                for field in ("sector", "url", "retrieved_at"):
+                    if getattr(self, field):
+                        document.setdefault(field, getattr(self, field))
             yield document
+
+    def read(self, file: Path, folder: Path, root: Path) -> Iterator[dict[str, Any] | Failure]:
+        """Documents of a whole file."""
+        name = file.relative_to(folder if self.path else root).as_posix()
+        yield from self.read_piece(Piece(path=file, name=name), MAX_BYTES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,9 +134,12 @@ class Domain:
     profiles: Mapping[str, Mapping[str, filters.Rules]]
     replay_share: float
     seed_words: tuple[str, ...]
+    quotas: Mapping[str, float]  # sector -> its largest share of the characters kept
+    glossary: tuple[str, ...]  # terms whose coverage is reported
 
 
 _DOMAIN_FIELDS = {"id", "language", "description", "replay_share", "seed_words", "profiles", "sources"}
+_DOMAIN_OPTIONS = {"quotas", "glossary"}
 
 
 def load_domain(folder: str | Path) -> Domain:
@@ -314,9 +153,10 @@ def load_domain(folder: str | Path) -> Domain:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or set(content) != _DOMAIN_FIELDS:
-        given = set(content) if isinstance(content, dict) else set()
-        raise ValueError(f"{path}: missing {sorted(_DOMAIN_FIELDS - given)}, unknown {sorted(given - _DOMAIN_FIELDS)}")
+    given = set(content) if isinstance(content, dict) else set()
+    if not _DOMAIN_FIELDS <= given <= _DOMAIN_FIELDS | _DOMAIN_OPTIONS:
+        unknown = sorted(given - _DOMAIN_FIELDS - _DOMAIN_OPTIONS)
+        raise ValueError(f"{path}: missing {sorted(_DOMAIN_FIELDS - given)}, unknown {unknown}")
     sources = tuple(_source(row, f"{path}: source {n}", content["profiles"]) for n, row in enumerate(content["sources"]))
     ids = [source.id for source in sources]
     if len(set(ids)) < len(ids):
@@ -328,24 +168,55 @@ def load_domain(folder: str | Path) -> Domain:
         profiles=filters.check_profiles(content["profiles"], f"{path}: profiles"),
         replay_share=float(content["replay_share"]),
         seed_words=tuple(content["seed_words"]),
+        quotas=_quotas(content.get("quotas") or {}, {source.sector for source in sources}, path),
+        glossary=_glossary(content.get("glossary"), Path(folder)),
     )
+
+
+def _quotas(quotas: Mapping[str, float], sectors: set[str], path: Path) -> Mapping[str, float]:
+    for sector, share in quotas.items():
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"{path}: quotas: {sector}: {share!r} is no share in (0, 1]")
+    # Sectors without a quota may fill what the others leave; all of them bounded must be able to make up a whole.
+    if quotas and sectors <= set(quotas) and sum(quotas[sector] for sector in sectors) < 1 - 1e-9:
+        raise ValueError(f"{path}: quotas sum to less than 1 over {sorted(sectors)}; nothing could be kept")
+    return dict(quotas)
+
+
+def _glossary(name: str | None, folder: Path) -> tuple[str, ...]:
+    """Terms of a glossary file in the domain folder: JSON lines {"term"}, or one term a line."""
+    if not name:
+        return ()
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; correct `glossary` in {folder / 'domain.yaml'}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    terms = [json.loads(line)["term"] if line.startswith("{") else line for line in lines]
+    return tuple(dict.fromkeys(filters.normalise(term)[0] for term in terms))
 
 
 def _source(row: Mapping[str, Any], where: str, profiles: Mapping[str, Any]) -> Source:
     where = f"{where} ({row.get('id', 'without id')})"
     fields = {field.name for field in dataclasses.fields(Source)}
-    optional = {"path", "place", "url", "retrieved_at"}
+    optional = {"path", "place", "url", "retrieved_at", "reason", "columns", "extract"}
     if unknown := set(row) - fields:
         raise ValueError(f"{where}: unknown fields {sorted(unknown)}; known are {sorted(fields)}")
-    if not row.get("licence"):
-        raise ValueError(f"{where}: states no licence; find it out and write it down, or leave the source out")
+    reason = str(row.get("reason") or "").strip()
+    row = {**row, "licence": row.get("licence") or (reason and "not stated"), "reason": reason or None}
+    if not row["licence"]:
+        raise ValueError(f"{where}: states no licence; write it down, leave the source out, or write a `reason` for using it")
     if missing := fields - optional - set(row):
         raise ValueError(f"{where}: missing fields {sorted(missing)}")
-    if TRAINING not in row["allowed_uses"]:
-        raise ValueError(f"{where}: allowed_uses {row['allowed_uses']} does not contain '{TRAINING}': it may not be read")
+    if TRAINING not in row["allowed_uses"] and not reason:
+        raise ValueError(
+            f"{where}: allowed_uses {row['allowed_uses']} does not contain '{TRAINING}': it may not be read without a `reason`"
+        )
     if bool(row.get("path")) == bool(row.get("place")):
         raise ValueError(f"{where}: state either path (in the domain folder) or place (on the reader's machine)")
     if row["profile"] not in profiles:
         raise ValueError(f"{where}: profile {row['profile']!r} is not among {sorted(profiles)}")
-    values = {name: row.get(name) for name in fields} | {"allowed_uses": tuple(row["allowed_uses"])}
-    return Source(**values)
+    if row.get("extract", "whole") not in ("whole", "article"):
+        raise ValueError(f"{where}: extract {row['extract']!r} is unknown; use whole or article")
+    defaults = {"columns": {}, "extract": "whole", "allowed_uses": ()}
+    values = {name: row.get(name) or defaults.get(name) for name in fields}
+    return Source(**values | {"allowed_uses": tuple(values["allowed_uses"])})

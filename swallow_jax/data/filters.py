@@ -1,15 +1,17 @@
 """Normalisation and quality rules as pure functions; annotate first, drop later.
 
 A rule is a measure (text -> number) with limits; the limits come from a *profile*, so that laws, tables and FAQ are not
-judged by thresholds made for web pages. `SWALLOW_V1` holds the thresholds published for the Swallow Corpus v1
-(Okazaki et al., arXiv 2404.17733; quality.py of swallow-llm/swallow-corpus).
+judged by thresholds made for web pages. The rules published for the Swallow Corpus v1 are the set `swallow_v1` and stand in
+`swallow_rules`; our own measures are for paragraphs, and for documents that those rules were not made for.
 """
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+from swallow_jax.data import privacy, swallow_rules
 
 # Normalisation
 
@@ -58,13 +60,6 @@ _HIRAGANA = re.compile("[\u3041-\u309f]")
 _KATAKANA = re.compile("[\u30a0-\u30ff]")
 _KANJI = re.compile("[\u3005-\u3007\u3400-\u9fff\uf900-\ufaff]")
 _JAPANESE_LETTER = re.compile("[\u3005-\u3007\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-_SENTENCE_END = re.compile(r"(?<=[。！？!?])|\n")
-_ELLIPSIS = re.compile(r"(?:…|・・・|\.\.\.)[。」』)）]*$")
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences by Japanese final punctuation and line ends, without empty ones."""
-    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
 
 
 def letters(text: str) -> float:
@@ -97,21 +92,6 @@ def kanji_fraction(text: str) -> float:
     return _fraction(len(_KANJI.findall(text)), text)
 
 
-def mean_sentence_length(text: str) -> float:
-    lengths = [len(sentence) for sentence in sentences(text)]
-    return sum(lengths) / len(lengths) if lengths else 0.0
-
-
-def max_sentence_length(text: str) -> float:
-    return float(max(map(len, sentences(text)), default=0))
-
-
-def ellipsis_fraction(text: str) -> float:
-    """Share of sentences that trail off."""
-    found = sentences(text)
-    return sum(bool(_ELLIPSIS.search(sentence)) for sentence in found) / len(found) if found else 0.0
-
-
 def _duplicates(parts: list[str]) -> tuple[float, float]:
     """Share of parts that occurred before, and of the characters in them (Gopher's repetition rules)."""
     seen: set[str] = set()
@@ -137,40 +117,6 @@ def duplicate_paragraph_chars(text: str) -> float:
     return _duplicates(_paragraphs(text))[1]
 
 
-def duplicate_sentence_fraction(text: str) -> float:
-    return _duplicates(sentences(text))[0]
-
-
-def duplicate_sentence_chars(text: str) -> float:
-    return _duplicates(sentences(text))[1]
-
-
-def _top_ngram(n: int) -> Callable[[str], float]:
-    def measure(text: str) -> float:
-        """Share of the characters that lie in the most frequent character n-gram."""
-        counts = Counter(text[i : i + n] for i in range(len(text) - n + 1))
-        top = max(counts.values(), default=0)
-        return min(1.0, top * n / len(text)) if top > 1 else 0.0
-
-    return measure
-
-
-def _duplicate_ngrams(n: int) -> Callable[[str], float]:
-    def measure(text: str) -> float:
-        """Share of the characters that lie in a character n-gram seen before in the text."""
-        seen: set[str] = set()
-        covered = reach = 0  # characters counted so far; end of the last counted n-gram
-        for i in range(len(text) - n + 1):
-            gram = text[i : i + n]
-            if gram in seen:
-                covered += i + n - max(i, reach)
-                reach = i + n
-            seen.add(gram)
-        return covered / len(text) if text else 0.0
-
-    return measure
-
-
 MEASURES: dict[str, Callable[[str], float]] = {
     function.__name__: function
     for function in (
@@ -180,65 +126,46 @@ MEASURES: dict[str, Callable[[str], float]] = {
         hiragana_fraction,
         katakana_fraction,
         kanji_fraction,
-        mean_sentence_length,
-        max_sentence_length,
-        ellipsis_fraction,
         duplicate_paragraph_fraction,
         duplicate_paragraph_chars,
-        duplicate_sentence_fraction,
-        duplicate_sentence_chars,
     )
 }
-MEASURES |= {f"top_{n}gram_fraction": _top_ngram(n) for n in (2, 3, 4)}
-MEASURES |= {f"duplicate_{n}gram_fraction": _duplicate_ngrams(n) for n in range(5, 11)}
 
 Rules = Mapping[str, Mapping[str, float]]  # measure -> {"min": ..., "max": ...}
-
-SWALLOW_V1: Rules = {
-    "letters": {"min": 400},
-    "japanese_letters": {"min": 400},
-    "duplicate_paragraph_fraction": {"max": 0.30},
-    "duplicate_sentence_fraction": {"max": 0.30},
-    "duplicate_paragraph_chars": {"max": 0.20},
-    "duplicate_sentence_chars": {"max": 0.20},
-    "top_2gram_fraction": {"max": 0.20},
-    "top_3gram_fraction": {"max": 0.18},
-    "top_4gram_fraction": {"max": 0.16},
-    "duplicate_5gram_fraction": {"max": 0.15},
-    "duplicate_6gram_fraction": {"max": 0.14},
-    "duplicate_7gram_fraction": {"max": 0.13},
-    "duplicate_8gram_fraction": {"max": 0.12},
-    "duplicate_9gram_fraction": {"max": 0.11},
-    "duplicate_10gram_fraction": {"max": 0.10},
-    "hiragana_fraction": {"min": 0.2},
-    "katakana_fraction": {"max": 0.5},
-    "japanese_fraction": {"min": 0.5},
-    "mean_sentence_length": {"min": 20, "max": 90},
-    "max_sentence_length": {"max": 200},
-    "ellipsis_fraction": {"max": 0.2},
-}
+SWALLOW_V1: Rules = swallow_rules.SWALLOW_V1
 _NAMED = {"swallow_v1": SWALLOW_V1}
 
 
 def check_rules(rules: Any, where: str) -> Rules:
-    """Rules of a profile, checked: a mapping measure -> {min, max}, or the name of a published set."""
+    """Rules of a profile, checked: a mapping measure -> {min, max}, or the name of a published set.
+
+    A mapping may begin with a published set and change it: {based_on: swallow_v1, swallow_letters: {min: 100},
+    swallow_katakana: off}.
+    """
     if isinstance(rules, str):
-        if rules not in _NAMED:
-            raise ValueError(f"{where}: unknown rule set {rules!r}; known are {sorted(_NAMED)}")
-        return _NAMED[rules]
-    for name, limits in (rules or {}).items():
-        if name not in MEASURES:
-            raise ValueError(f"{where}: unknown rule {name!r}; known are {sorted(MEASURES)}")
+        rules = {"based_on": rules}
+    own = dict(rules or {})
+    base = own.pop("based_on", None)
+    if base is not None and base not in _NAMED:
+        raise ValueError(f"{where}: unknown rule set {base!r}; known are {sorted(_NAMED)}")
+    for name, limits in own.items():
+        if name not in MEASURES and name not in SWALLOW_V1:
+            raise ValueError(f"{where}: unknown rule {name!r}; known are {sorted([*MEASURES, *SWALLOW_V1])}")
+        if limits in (False, None) and base is not None:  # YAML reads `off` as False
+            continue
         if not isinstance(limits, Mapping) or not limits or set(limits) - {"min", "max"}:
             raise ValueError(f"{where}.{name}: {limits!r} needs min, max or both")
-    return rules or {}
+    merged = {**_NAMED.get(base, {}), **own}
+    return {name: limits for name, limits in merged.items() if limits}
 
 
-def annotate(text: str, rules: Rules) -> dict[str, dict[str, Any]]:
-    """Every rule's verdict: {rule: {"value", "passes"}}. Nothing is dropped here."""
+def annotate(text: str, rules: Rules, known: Mapping[str, float] | None = None) -> dict[str, dict[str, Any]]:
+    """Every rule's verdict: {rule: {"value", "passes"}}. Nothing is dropped here. `known` holds values already computed."""
+    if known is None:
+        known = swallow_rules.statistics(text) if any(name in SWALLOW_V1 for name in rules) else {}
     verdicts = {}
     for name, limits in rules.items():
-        value = MEASURES[name](text)
+        value = known[name] if name in known else MEASURES[name](text)
         passes = limits.get("min", value) <= value <= limits.get("max", value)
         verdicts[name] = {"value": round(value, 4), "passes": passes}
     return verdicts
@@ -251,6 +178,8 @@ def failed(verdicts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def keep_paragraphs(text: str, rules: Rules) -> tuple[str, Counter]:
     """The lines of `text` that pass `rules`, and how many lines each rule (the first that failed) removed."""
+    if not rules:
+        return text, Counter()
     kept, reasons = [], Counter()
     for line in text.split("\n"):
         if reason := next(iter(failed(annotate(line, rules))), None):
@@ -261,21 +190,25 @@ def keep_paragraphs(text: str, rules: Rules) -> tuple[str, Counter]:
 
 
 class Cleaned(NamedTuple):
-    """A document after normalising and paragraph rules, with every verdict of the document rules beside it."""
+    """A document after normalising, masking and paragraph rules, with every verdict beside it."""
 
     text: str
-    verdicts: dict[str, dict[str, Any]]
+    verdicts: dict[str, dict[str, Any]]  # of the profile's rules
+    statistics: dict[str, float]  # of every published rule, whatever the profile
     reasons: list[str]  # against keeping it
     rewrites: Counter  # kind -> characters
     removed: Counter  # paragraph rule -> lines
+    masked: Counter  # kind of personal data -> strings
 
 
-def clean(text: str, profile: Mapping[str, Rules]) -> Cleaned:
+def clean(text: str, profile: Mapping[str, Rules], mask: Iterable[str] = ()) -> Cleaned:
     """All that can be said of one document alone. `profile` holds rules for 'paragraph' and 'document'."""
     text, rewrites = normalise(text)
+    text, masked = privacy.mask(text, mask)
     text, removed = keep_paragraphs(text, profile["paragraph"])
-    verdicts = annotate(text, profile["document"])
-    return Cleaned(text, verdicts, failed(verdicts) if text else ["empty"], rewrites, removed)
+    statistics = swallow_rules.statistics(text)
+    verdicts = annotate(text, profile["document"], statistics)
+    return Cleaned(text, verdicts, statistics, failed(verdicts) if text else ["empty"], rewrites, removed, masked)
 
 
 def check_profiles(profiles: Mapping[str, Any], where: str) -> dict[str, dict[str, Rules]]:

@@ -149,6 +149,21 @@ def hold_out(keys: Sequence[str], *, share: float, seed: int) -> list[bool]:
     return [key in held for key in keys]
 
 
+def hold_out_ranks(ranks_N2: np.ndarray, among: np.ndarray, *, share: float) -> np.ndarray:
+    """`hold_out` for keys that come as the first 16 bytes of their hashes (uint64 [N, 2]); others than `among` never are."""
+    if not 0 <= share < 1:
+        raise ValueError(f"the held-out share {share} must lie in [0, 1)")
+    held = np.zeros(len(ranks_N2), bool)
+    if not share or not among.any():
+        return held
+    places = np.flatnonzero(among)
+    kinds, number = np.unique(ranks_N2[places], axis=0, return_inverse=True)  # sorted: the smallest hashes come first
+    if len(kinds) < 2:
+        raise ValueError("a single document cannot be split into train and heldout; set the held-out share to 0")
+    held[places] = number.reshape(-1) < min(len(kinds) - 1, max(1, round(share * len(kinds))))
+    return held
+
+
 class Shards:
     """Random access to the rows of a finished folder: `shards[i]` -> Row."""
 

@@ -1,22 +1,25 @@
 """Ask a backend for the label of every conversation and keep the answers as prediction rows.
 
 Two ways: `labels` scores the task's closed answers by their log-probability after the prompt and takes the largest;
-`generate` lets the model write and reads the label out of the text. Rows are appended whole and synced one by one, so a
-killed evaluation goes on where it stopped.
+`generate` lets the model write and reads the label out of the text. A conversation longer than the context is asked about in
+windows of turns. Rows are appended whole and synced one by one, so a killed evaluation goes on where it stopped.
 """
 
 import dataclasses
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from swallow_jax import run
-from swallow_jax.evaluate import metrics
+from swallow_jax.evaluate import answers, metrics, windows
+from swallow_jax.evaluate.answers import label_ids
+from swallow_jax.evaluate.windows import Answer
+
+__all__ = ["Asking", "PredictionLog", "evaluate", "gold_label", "label_ids", "pair_ids", "prediction", "tokenizer_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,17 +30,14 @@ class Asking:
     prompt: str | None  # name of the task's prompt; None: the task's default
     normalise: str  # 'sum' of the answer's log-probabilities (P of the answer), or their 'mean' by token; labels only
     max_new_tokens: int  # generate only
+    most_labels: int | None = None  # labels mode, policy 'multi': the longest answer that is scored; None: all categories
+    window: windows.Window | None = None  # how long conversations are cut; None: they must fit
 
     def __post_init__(self):
         if self.mode not in ("labels", "generate"):
             raise ValueError(f"asking.mode is {self.mode!r}; write 'labels' or 'generate'")
         if self.normalise not in ("sum", "mean"):
             raise ValueError(f"asking.normalise is {self.normalise!r}; write 'sum' or 'mean'")
-
-
-def label_ids(task: Any) -> list[str]:
-    """The task's label ids in the order of `task.labels`, the compliant one by its word instead of None."""
-    return [metrics.COMPLIANT if label is None else label for label in task.label_ids]
 
 
 def gold_label(conversation: Mapping[str, Any]) -> str:
@@ -64,11 +64,11 @@ class PredictionLog:
         self.rows = run.read_jsonl(self.path) if self.path.is_file() else []
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.append(dict(row))
+        self.rows += map(dict, rows)
 
     def missing(self, conversations: Sequence[Mapping[str, Any]], *, model: str, test_set: str, seed: int) -> list:
         """The conversations this model and seed have not answered yet."""
@@ -87,17 +87,28 @@ class PredictionLog:
 
 
 def prediction(
-    conversation: Mapping[str, Any], pred: str, raw: str, *, model: str, test_set: str, seed: int,
-    probs: Mapping[str, float] | None = None,
+    conversation: Mapping[str, Any], answer: Answer, *, model: str, test_set: str, seed: int, several: bool = False,
+    parts: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of the predictions contract."""
+    """One row of the predictions contract; `several` adds the whole sets of labels, `parts` says how many windows there were."""
+    preds = answer.preds
+    pred = metrics.INVALID if preds is None else preds[0] if preds else metrics.COMPLIANT
     row = {
         "conversation_id": conversation["conversation_id"], "model": model, "test_set": test_set, "seed": seed,
         "gold": gold_label(conversation), "pred": pred,
     }  # fmt: skip
-    if probs is not None:
-        row["probs"] = {label: round(float(p), 8) for label, p in probs.items()}
-    return row | {"valid": pred != metrics.INVALID, "raw": raw}
+    # A verdict may name two categories where one is asked for; the sets are compared as sets.
+    if several or len(conversation["labels"]) > 1 or len(preds or ()) > 1:
+        row |= {"golds": conversation["labels"], "preds": list(preds or ())}
+    if answer.probs is not None:
+        scale = 1.0 if several else sum(answer.probs.values())
+        row["probs"] = {label: round(float(p) / scale, 8) for label, p in answer.probs.items()}
+    if answer.evidence is not None:
+        row |= {"evidence": list(answer.evidence), "missing_items": list(answer.missing_items)}
+        row |= {"false_quotes": answer.false_quotes} if answer.false_quotes else {}
+    if parts > 1:
+        row["windows"] = parts
+    return row | {"valid": preds is not None, "raw": answer.raw}
 
 
 def evaluate(
@@ -111,8 +122,9 @@ def evaluate(
     asking: Asking,
     out: PredictionLog | str | os.PathLike,
 ) -> dict[str, Any]:
-    """Answer the conversations not yet in `out` and append their rows; returns {"asked", "kept", "seconds"}.
+    """Answer the conversations not yet in `out` and append their rows.
 
+    Returns {"asked", "kept", "seconds", "prompt_tokens", "completion_tokens"}; tokens are None where nobody counts them.
     Raises ValueError where a backend answers a request that was not asked, or with a log-probability that is no number.
     """
     if not isinstance(out, PredictionLog):
@@ -120,70 +132,108 @@ def evaluate(
             return evaluate(task, conversations, backend, model=model, test_set=test_set, seed=seed, asking=asking, out=log)
     started = time.perf_counter()
     left = out.missing(conversations, model=model, test_set=test_set, seed=seed)
-    answer = _scored if asking.mode == "labels" else _generated
-    for conversation, pred, raw, probs in answer(task, left, backend, seed, asking):
-        out.append(prediction(conversation, pred, raw, model=model, test_set=test_set, seed=seed, probs=probs))
+    parts: dict[str, dict[int, Answer | None]] = {}
+    pieces, by_id = [], {c["conversation_id"]: c for c in left}
+    for conversation in left:
+        spans = _spans(task, conversation, backend, asking)
+        parts[conversation["conversation_id"]] = {start: None for start, _ in spans}
+        pieces += [(start, {**conversation, "turns": conversation["turns"][start:stop]}) for start, stop in spans]
+    counts: dict[str, int | None] = {"prompt_tokens": 0, "completion_tokens": 0}
+    ask = _scored if asking.mode == "labels" else _generated
+    names = {"model": model, "test_set": test_set, "seed": seed, "several": task.label_policy == "multi"}
+    for (start, piece), answer in ask(task, pieces, backend, seed, asking, counts):
+        given = parts[piece["conversation_id"]]
+        given[start] = answer
+        if None not in given.values():
+            whole = windows.merge(sorted(given.items()))
+            if len(given) > 1 and asking.mode == "labels" and task.label_policy != "multi":
+                best = max(whole.probs, key=whole.probs.get)
+                whole = dataclasses.replace(whole, preds=() if best == metrics.COMPLIANT else (best,))
+            out.append(prediction(by_id[piece["conversation_id"]], whole, parts=len(given), **names))
     seconds = time.perf_counter() - started
-    return {"asked": len(left), "kept": len(conversations) - len(left), "seconds": seconds}
+    return {"asked": len(left), "kept": len(conversations) - len(left), "seconds": seconds, **counts}
 
 
-Answer = tuple[Mapping[str, Any], str, str, dict[str, float] | None]
+def tokenizer_of(backend: Any) -> Any | None:
+    """The tokenizer of a model in this process, also behind `record`; None of an endpoint or a file."""
+    return getattr(backend, "tokenizer", None) or getattr(getattr(backend, "backend", None), "tokenizer", None)
 
 
-def _scored(task: Any, conversations: Sequence, backend: Any, seed: int, asking: Asking) -> Iterator[Answer]:
+def _spans(task: Any, conversation: Mapping[str, Any], backend: Any, asking: Asking) -> list[tuple[int, int]]:
+    if asking.window is None:
+        return [(0, len(conversation["turns"]))]
+    return windows.cut(conversation, asking.window, _measure(task, backend, asking))
+
+
+def _measure(task: Any, backend: Any, asking: Asking) -> Callable[[Mapping[str, Any]], int]:
+    if asking.window.unit == "characters":
+        return lambda piece: sum(len(m["content"]) for m in task.prompt(piece, asking.prompt))
+    tokenizer = tokenizer_of(backend)
+    if tokenizer is None:
+        raise ValueError(f"{backend.name} has no tokenizer here; count asking.window in 'characters'")
+    return lambda piece: len(tokenizer.render_chat(list(task.prompt(piece, asking.prompt)), add_generation_prompt=True))
+
+
+Piece = tuple[int, Mapping[str, Any]]  # a window: the number of its first turn, and the conversation of its turns
+
+
+def _scored(
+    task: Any, pieces: Sequence[Piece], backend: Any, seed: int, asking: Asking, counts: dict
+) -> Iterator[tuple[Piece, Answer]]:
     from swallow_jax.generate import backends
 
-    ids = label_ids(task)
-    for label in task.labels:
-        # The end of the turn is not scored, so the beginning of another answer would always be the likelier one.
-        if longer := [other for other in task.labels if other != label and other.startswith(label)]:
-            raise ValueError(f"label {label!r} is the beginning of {longer[0]!r}; change one in the task to score closed labels")
+    sets, texts = answers.closed(task, asking.most_labels)
     requests = [
-        backends.ScoreRequest(messages=tuple(task.prompt(c, asking.prompt)), prompt=None, continuations=tuple(task.labels))
-        for c in conversations
+        backends.ScoreRequest(messages=tuple(task.prompt(piece, asking.prompt)), prompt=None, continuations=texts)
+        for _, piece in pieces
     ]
-    for conversation, result in _answers(conversations, requests, backend.score):
-        logprobs_C = np.array(result.logprobs, dtype=np.float64)
-        if asking.normalise == "mean":
-            logprobs_C = logprobs_C / np.array(result.tokens)
-        if np.isnan(logprobs_C).any() or not np.isfinite(logprobs_C.max()):
+    tokenizer = tokenizer_of(backend)
+    for place, result in _answers(pieces, requests, backend.score):
+        if any(map(math.isnan, result.logprobs)) or not math.isfinite(max(result.logprobs)):
             raise ValueError(
-                f"{backend.name} gives the log-probabilities {list(result.logprobs)} for {conversation['conversation_id']!r}; "
-                "check the weights and that prompt and answer fit the context"
+                f"{backend.name} gives the log-probabilities {list(result.logprobs)} for "
+                f"{pieces[place][1]['conversation_id']!r}; check the weights and that prompt and answer fit the context"
             )
-        probs_C = np.exp(logprobs_C - logprobs_C.max())
-        probs_C /= probs_C.sum()
-        best = int(probs_C.argmax())
-        yield conversation, ids[best], task.labels[best], dict(zip(ids, probs_C.tolist(), strict=True))
+        answer = answers.from_logprobs(task, sets, texts, result.logprobs, result.tokens, asking.normalise == "mean")
+        if tokenizer is None:
+            counts["prompt_tokens"] = None
+        else:
+            prompt = tokenizer.render_chat(list(requests[place].messages), add_generation_prompt=True)
+            counts["prompt_tokens"] += len(prompt)
+        counts["completion_tokens"] += sum(result.tokens)
+        yield pieces[place], answer
 
 
-def _generated(task: Any, conversations: Sequence, backend: Any, seed: int, asking: Asking) -> Iterator[Answer]:
+def _generated(
+    task: Any, pieces: Sequence[Piece], backend: Any, seed: int, asking: Asking, counts: dict
+) -> Iterator[tuple[Piece, Answer]]:
     from swallow_jax.generate import backends
 
     # Greedy: a verdict should not depend on a draw; the seed only names the run.
     requests = [
-        backends.Request(messages=tuple(task.prompt(c, asking.prompt)), prompt=None, max_new_tokens=asking.max_new_tokens,
+        backends.Request(messages=tuple(task.prompt(piece, asking.prompt)), prompt=None, max_new_tokens=asking.max_new_tokens,
                          temperature=0.0, top_k=0, top_p=1.0, seed=seed, stop=())
-        for c in conversations
+        for _, piece in pieces
     ]  # fmt: skip
-    for conversation, result in _answers(conversations, requests, backend.generate):
-        label = task.parse_label(result.text)
-        yield conversation, metrics.COMPLIANT if label is None else label, result.text, None
+    for place, result in _answers(pieces, requests, backend.generate):
+        counts["prompt_tokens"] += result.prompt_tokens
+        counts["completion_tokens"] += result.completion_tokens
+        yield pieces[place], answers.from_text(task, result.text, pieces[place][1])
 
 
-def _answers(conversations: Sequence, requests: Sequence, ask: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
-    """Pair results, which come in order of completion, with their conversations; equal requests are asked once."""
-    waiting: dict[str, list] = {}
+def _answers(pieces: Sequence[Piece], requests: Sequence, ask: Any) -> Iterator[tuple[int, Any]]:
+    """(number of the piece, its result); results come in order of completion, equal requests are asked once."""
+    waiting: dict[str, list[int]] = {}
     unique = []
-    for conversation, request in zip(conversations, requests, strict=True):
+    for place, request in enumerate(requests):
         if request.key not in waiting:
             unique.append(request)
-        waiting.setdefault(request.key, []).append(conversation)
+        waiting.setdefault(request.key, []).append(place)
     for result in ask(unique) if unique else ():
         if result.key not in waiting:
             raise ValueError(f"the backend answered a request that was not asked (key {result.key[:12]}…)")
-        for conversation in waiting.pop(result.key):
-            yield conversation, result
+        for place in waiting.pop(result.key):
+            yield place, result
     if waiting:
-        lost = next(iter(waiting.values()))[0]["conversation_id"]
+        lost = pieces[next(iter(waiting.values()))[0]][1]["conversation_id"]
         raise ValueError(f"the backend left {len(waiting)} requests without an answer, the first is {lost!r}; run again")

@@ -5,13 +5,14 @@ SHA-256 of the request's canonical JSON: `record` keeps results by it, so that a
 """
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -107,6 +108,10 @@ class JaxOptions:
     dtype: str
     slots: int
     max_length: int
+    int8: bool = False  # weights of 8 bits, one scale an output channel: a quarter or half of the memory, other numbers
+    # The keys and values of one system message are computed and stored once for all requests that begin with it, and read
+    # once a step. For jobs with few system messages; float rounding differs.
+    share_system: bool = False
     # None of these changes a token.
     name: str | None = None
     tokenizer: str | None = None
@@ -144,19 +149,41 @@ def open_backend(section: Mapping[str, Any]) -> Backend:
     if options.kind == "endpoint":
         tokenizer = text.load_tokenizer(options.tokenizer) if options.tokenizer else None
         return endpoint.EndpointBackend(options, tokenizer=tokenizer)
-    from swallow_jax import hf, llama
+    from swallow_jax import llama
 
     tokenizer = text.load_tokenizer(options.tokenizer or options.path)
-    params, config = hf.load(options.path)
+    params, config = _load(options)
     return JaxBackend(
         params, config, tokenizer,
         compute=llama.Compute(dtype=options.dtype, remat="none", scan_layers=False, attention=options.attention),
         slots=options.slots, max_length=options.max_length, chunk=options.chunk, tokens_per_batch=options.tokens_per_batch,
         name=options.name or Path(options.path).name, source=options.path, revision=options.revision, licence=options.licence,
+        share_system=options.share_system,
     )  # fmt: skip
 
 
+def _load(options: JaxOptions) -> tuple[Any, Any]:
+    """Weights and config. Of int8 ones the originals stay in the host's memory: 70B in bfloat16 does not fit one GPU."""
+    from swallow_jax import hf
+
+    if not options.int8:
+        return hf.load(options.path)
+    import jax
+
+    from swallow_jax.generate import engine
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        params, config = hf.load(options.path)
+        return engine.decode_form(params, options.dtype, int8=True, device=jax.local_devices()[0]), config
+
+
 # The JAX engine.
+
+# Bytes a second that one device's memory gives, by what JAX calls it; from the makers' data sheets.
+_BANDWIDTH = {
+    "NVIDIA A100-SXM4-80GB": 2.04e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12,
+    "TPU v4": 1.23e12, "TPU v5 lite": 0.82e12, "TPU v5": 2.77e12, "TPU v5p": 2.77e12, "TPU v6 lite": 1.64e12,
+}  # fmt: skip
 
 
 class JaxBackend:
@@ -177,6 +204,7 @@ class JaxBackend:
         source: str | os.PathLike | None = None,
         revision: str | None = None,
         licence: str | None = None,
+        share_system: bool = False,
     ):
         from swallow_jax.generate import engine, scorer
 
@@ -185,17 +213,18 @@ class JaxBackend:
                 f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {config.vocab_size}; "
                 "they do not belong together"
             )
-        self.name, self.tokenizer = name, tokenizer
+        self.name, self.tokenizer, self.share_system = name, tokenizer, share_system
+        self._running: dict[str, tuple[Request, int, StopText]] = {}
         self._job, self._question = engine.Job, scorer.Question
         self._facts = {"revision": revision, "licence": licence, "path": None if source is None else str(source)}
         params = engine.decode_form(params, compute.dtype)  # once for both
-        self._engine = engine.Engine(
+        self.engine = engine.Engine(
             params, config, compute, slots=slots, max_length=max_length, chunk=chunk, stop_ids=tokenizer.eos_ids
         )
-        self._scorer = scorer.Scorer(params, config, compute, max_length=max_length, tokens_per_batch=tokens_per_batch)
+        self.scorer = scorer.Scorer(params, config, compute, max_length=max_length, tokens_per_batch=tokens_per_batch)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
-        running: dict[str, tuple[Request, int, StopText]] = {}
+        running = self._running = {}
 
         def jobs():
             for number, request in enumerate(requests):
@@ -205,9 +234,10 @@ class JaxBackend:
                 yield self._job(
                     name=name, prompt_ids=prompt_ids, max_new_tokens=request.max_new_tokens, until=text.push,
                     temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, seed=request.seed,
+                    prefix=self._prefix(request, prompt_ids),
                 )  # fmt: skip
 
-        for output in self._engine.generate(jobs()):
+        for output in self.engine.generate(jobs()):
             request, prompt_tokens, text = running.pop(output.name)
             yield Result(request.key, text.text, output.finish_reason, prompt_tokens, len(output.tokens), sum(output.logprobs))
 
@@ -219,10 +249,40 @@ class JaxBackend:
                 name, context = f"request {number} ({request.key[:12]})", context_ids(self.tokenizer, request)
                 running[name] = request
                 continuations = [continuation_ids(self.tokenizer, request, context, c) for c in request.continuations]
-                yield self._question(name=name, context_ids=context, continuations=continuations)
+                prefix = self._prefix(request, context)
+                yield self._question(name=name, context_ids=context, continuations=continuations, prefix=prefix)
 
-        for answer in self._scorer.score(questions()):
+        for answer in self.scorer.score(questions()):
             yield ScoreResult(running.pop(answer.name).key, answer.logprobs, answer.greedy, answer.tokens)
+
+    def activity(self, pace: float) -> str:
+        """Slots in use and, at `pace` generated tokens a second, the memory traffic of the weights alone."""
+        busy = min(len(self._running), self.engine.slots)
+        if not busy:
+            return ""
+        traffic = self._bytes_a_step * pace / busy  # a step reads the weights once for all rows
+        most = _BANDWIDTH.get(self._device)
+        return f"{busy}/{self.engine.slots} slots, {traffic / 1e9:.1f} GB/s" + (f" ({traffic / most:.0%})" if most else "")
+
+    @functools.cached_property
+    def _bytes_a_step(self) -> int:
+        import jax
+
+        params = self.engine.params  # of the embedding a step reads a few rows
+        return sum(leaf.nbytes for leaf in jax.tree.leaves({name: params[name] for name in params if name != "embed"}))
+
+    @functools.cached_property
+    def _device(self) -> str:
+        import jax
+
+        return jax.devices()[0].device_kind
+
+    def _prefix(self, request: Request | ScoreRequest, ids: Sequence[int]) -> int:
+        """How many first tokens of a request are those of its system message."""
+        if not self.share_system or not request.messages or request.messages[0]["role"] != "system" or len(request.messages) < 2:
+            return 0
+        system = self.tokenizer.render_chat([request.messages[0]], add_generation_prompt=False)
+        return len(system) if list(ids[: len(system)]) == list(system) and len(system) < len(ids) else 0
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "jax", "model": self.name, "sha256": self._sha256, **self._facts}
@@ -367,13 +427,44 @@ class record:  # noqa: N801  (reads as a verb: record(backend, path).generate(re
                 else:
                     yield request
 
-        for result in ask(missing()):
+        with _progress(self.backend, requests) as advance:
+            for result in ask(missing()):
+                while kept:
+                    advance(None)
+                    yield make(kept.popleft())
+                self._lines.append(dataclasses.asdict(result) | self._provenance)
+                advance(result)
+                yield result
             while kept:
+                advance(None)
                 yield make(kept.popleft())
-            self._lines.append(dataclasses.asdict(result) | self._provenance)
-            yield result
-        while kept:
-            yield make(kept.popleft())
+
+
+@contextlib.contextmanager
+def _progress(backend: Any, requests: Iterable) -> Iterator[Callable[[Result | ScoreResult | None], None]]:
+    """A bar for people at a terminal: done of all, time left, tokens a second and what the backend says of itself."""
+    from tqdm import tqdm
+
+    tokens = 0
+    total = len(requests) if isinstance(requests, Sized) else None
+    # smoothing=0: requests end in bursts, and only the mean foretells the end.
+    with tqdm(total=total, desc=backend.name, unit=" requests", disable=None, leave=False, smoothing=0) as bar:
+
+        def advance(result: Result | ScoreResult | None) -> None:
+            nonlocal tokens
+            if bar.disable:
+                return
+            if result is None:  # kept by an earlier run: done, but no measure of the pace
+                bar.initial += 1
+                bar.update()
+                return
+            tokens += result.completion_tokens if isinstance(result, Result) else sum(result.tokens)
+            pace = tokens / max(bar.format_dict["elapsed"], 1e-3)
+            activity = getattr(backend, "activity", lambda pace: "")(pace)
+            bar.set_postfix_str(f"{pace:.0f} tok/s{activity and ', '}{activity}", refresh=False)
+            bar.update()
+
+        yield advance
 
 
 class KeyedLines:

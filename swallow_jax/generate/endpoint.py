@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import random
 import threading
@@ -43,7 +44,8 @@ class EndpointOptions:
     timeout_s: float
     cache: str | None  # JSON-lines file of successful answers, keyed by payload
     tokenizer: str | None = None  # to score behind messages, which no chat endpoint does, and to cut at exact tokens
-    extra: dict | None = None  # further fields of the payload (min_p, response_format, ...)
+    extra: dict | None = None  # further fields of the payload (min_p, response_format with a schema, ...)
+    prices: dict | None = None  # dollars a million tokens, {"prompt": 2.5, "completion": 10.0}: `describe` then tells the cost
     name: str | None = None
     revision: str | None = None
     licence: str | None = None
@@ -65,6 +67,10 @@ class EndpointBackend:
         self.counts = dict.fromkeys(("sent", "retried", "cached", "prompt_tokens", "completion_tokens"), 0)
         if options.concurrency < 1 or options.attempts < 1:
             raise ValueError(f"concurrency={options.concurrency}, attempts={options.attempts}: at least 1 each is wanted")
+        if options.prices is not None and set(options.prices) != {"prompt", "completion"}:
+            raise ValueError(
+                f'prices={dict(options.prices)}: dollars a million tokens as {{"prompt": x, "completion": y}} are wanted'
+            )
         self._api_key = "none"
         if options.api_key_env:
             self._api_key = os.environ.get(options.api_key_env, "")
@@ -81,7 +87,18 @@ class EndpointBackend:
     def describe(self) -> dict[str, Any]:
         o = self.options
         facts = {"base_url": o.base_url, "revision": o.revision, "licence": o.licence, "sha256": None}
-        return {"kind": "endpoint", "model": o.model, **facts, "counts": dict(self.counts)}
+        cost = {"cost_dollars": round(self.cost, 6)} if o.prices else {}
+        return {"kind": "endpoint", "model": o.model, **facts, "counts": dict(self.counts), **cost}
+
+    @property
+    def cost(self) -> float:
+        """Dollars that this process has spent, by the server's token counts; what the cache answered cost nothing again."""
+        return sum(self.counts[f"{kind}_tokens"] * price for kind, price in (self.options.prices or {}).items()) / 1e6
+
+    def activity(self, pace: float) -> str:
+        """For a progress bar."""
+        spent = f", ${self.cost:.2f}" if self.options.prices else ""
+        return f"{self.counts['retried']} retries{spent}"
 
     def _stream(self, requests: Iterable, answer: Callable[[Any, Any], Awaitable]) -> Iterator:
         """`answer(client, request)` for each request, `concurrency` at once, on an event loop in a thread of its own."""
@@ -211,8 +228,12 @@ class EndpointBackend:
                 reason = f"status {status}: {reason}"
             except openai.APIConnectionError as error:  # no connection, or a timeout
                 asked, reason = 0.0, f"{type(error).__name__}: {error}"
+            except json.JSONDecodeError as error:
+                asked, reason = 0.0, f"an answer that is no JSON: {error}"
             else:
-                break
+                if getattr(response, "choices", None):
+                    break
+                asked, reason = 0.0, f"an answer without choices: {str(response)[:80]!r}"  # a proxy's page, an overloaded server
         else:
             raise EndpointError(
                 f"{o.base_url} gave no answer in {o.attempts} attempts ({reason}); check the server, or lower `concurrency`"

@@ -38,7 +38,10 @@ def sample(
       (tokens_B int32, logprobs_B float32). The log-probability is the model's own, before temperature and truncation: it
       compares across settings and with the scorer.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    V = logits_BV.shape[-1]
+    # The first of the largest: two plain reductions, where argmax carries pairs (XLA:CPU: 0.10 against 0.70 ms, 16 rows of 8192).
+    largest_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    greedy_B = jnp.min(jnp.where(largest_BV, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
 
     def drawn() -> jax.Array:
         tokens_B = _draw(logits_BV, seeds_B, positions_B, temperature_B, top_k_B, top_p_B)

@@ -5,20 +5,30 @@ Pure functions over conversation dicts (design.md). What counts as overlap betwe
 
 import collections
 import dataclasses
+import functools
 import itertools
+import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from swallow_jax.data import dedup
+import numpy as np
+
+from swallow_jax.data import dedup, privacy
+from swallow_jax.synth import plan
 from swallow_jax.task import Task, conversation_problem
 
 # Character ranges counted as text of a language; digits and punctuation belong to every language.
 _SCRIPTS = {
-    "ja": ((0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),
+    "ja": ((0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),
     "en": ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F)),
 }
 _UNSPEAKABLE = ("Cc", "Co", "Cn", "Cs")  # control, private use, unassigned: broken bytes and stray tokens
+# Personal data of English texts; `data.privacy` knows Japan's, and e-mail addresses and cards of anywhere.
+_PERSONAL = {
+    "us_phone": re.compile(r"(?<![\d.])(?:\+?1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?!\d)"),
+    "us_ssn": re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +38,8 @@ class Limits:
     Lengths count characters of turn texts. `min_language_share` and `min_distinct_share` are shares of letters and of
     4-grams; a turn must end in one of the characters `sentence_ends` ("": anything goes). `ngram` and `near_test` say what
     counts as test contamination, `near_duplicate` as a copy of an accepted row. `test_turns` is 'carriers' (turns a label
-    rests on, and their compliant twins) or 'all'.
+    rests on, and their compliant twins) or 'all'. `personal_data` names kinds of `data.privacy`, us_phone and us_ssn. Twins may
+    differ in at most `max_twin_turns` turns (0: as many as they like).
     """
 
     min_turns: int
@@ -42,8 +53,13 @@ class Limits:
     near_test: float
     near_duplicate: float
     test_turns: str
+    personal_data: tuple[str, ...]
+    max_twin_turns: int
 
     def __post_init__(self):
+        known = {*privacy.TOKENS, *_PERSONAL}
+        if unknown := set(self.personal_data) - known:
+            raise ValueError(f"checks.personal_data names {sorted(unknown)}; known: {', '.join(sorted(known))}")
         if self.test_turns not in ("carriers", "all"):
             raise ValueError(f"checks.test_turns is {self.test_turns!r}; write 'carriers' or 'all'")
 
@@ -81,42 +97,122 @@ def protected_texts(test_sets: Mapping[str, Sequence[Mapping[str, Any]]], limits
     return [(where, text) for where, text in dict.fromkeys(found) if _is_long(text, limits)]
 
 
+class Protected:
+    """The test sets' texts, indexed once; rows are then held against them, turn against turn."""
+
+    def __init__(self, protected: Sequence[tuple[str, str]], limits: Limits):
+        self._where = [where for where, _ in protected]
+        self._limits = limits
+        texts = [text for _, text in protected]
+        self._index = dedup.Protected(texts, ngram=limits.ngram, threshold=limits.near_test) if texts else None
+
+    def contaminated(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+        """Row number -> which test conversation it repeats and how, by shared n-gram or by 5-gram Jaccard."""
+        turns = [
+            (number, i, turn["text"].replace("\n", " "))
+            for number, row in enumerate(rows)
+            for i, turn in enumerate(row["turns"])
+            if _is_long(turn["text"], self._limits)
+        ]
+        if not turns or self._index is None:
+            return {}
+        # N-grams of the whole conversation first; a hit may lie across two turns, so then each turn is looked at.
+        suspects = {number for number, row in enumerate(rows) if self._index.ngram_hits(whole_text(row))}
+        hits = [hit for place, (number, _, text) in enumerate(turns) if number in suspects
+                for hit in self._index.ngram_hits(text, place)]  # fmt: skip
+        found: dict[int, str] = {}
+        for hit in [*hits, *self._index._near_hits([text for _, _, text in turns])]:
+            number, i, _ = turns[hit.train]
+            how = f"{self._limits.ngram}-gram {hit.overlap!r}" if hit.overlap else f"Jaccard {hit.jaccard:.2f}"
+            found.setdefault(number, f"turn {i} repeats {self._where[hit.protected]} ({how})")
+        return found
+
+
 def contaminated(rows: Sequence[Mapping[str, Any]], protected: Sequence[tuple[str, str]], limits: Limits) -> dict[int, str]:
-    """Row number -> which test conversation it repeats and how, by shared n-gram or by 5-gram Jaccard, turn against turn."""
-    turns = [
-        (number, i, turn["text"])
-        for number, row in enumerate(rows)
-        for i, turn in enumerate(row["turns"])
-        if _is_long(turn["text"], limits)
-    ]
-    texts, owned = [text for _, _, text in turns], [text for _, text in protected]
-    if not texts or not owned:
-        return {}
-    found: dict[int, str] = {}
-    for hit in [
-        *dedup.ngram_hits(texts, owned, n=limits.ngram),
-        *dedup.near_hits(texts, owned, threshold=limits.near_test),
-    ]:
-        number, i, _ = turns[hit.train]
-        how = f"{limits.ngram}-gram {hit.overlap!r}" if hit.overlap else f"Jaccard {hit.jaccard:.2f}"
-        found.setdefault(number, f"turn {i} repeats {protected[hit.protected][0]} ({how})")
-    return found
+    """`Protected.contaminated` for a few rows."""
+    return Protected(protected, limits).contaminated(rows)
 
 
-def near_duplicates(rows: Sequence[Mapping[str, Any]], limits: Limits) -> dict[int, int]:
-    """Row number -> the first earlier row it nearly equals; twins of one pair do not count."""
-    texts = ["\n".join(turn["text"] for turn in row["turns"]) for row in rows]
-    if len(texts) < 2:
-        return {}
-    # 16 bands of 6: a pair of similarity 0.8 is missed once in 130, of 0.9 once in a million, of 0.3 proposed once in 90.
-    hits = dedup.near_hits(texts, texts, threshold=limits.near_duplicate, bands=16, rows=6)
-    found: dict[int, int] = {}
-    for hit in sorted(hits, key=lambda h: (h.train, h.protected)):
-        pairs = rows[hit.train].get("pair_id"), rows[hit.protected].get("pair_id")
-        is_twin = pairs[0] is not None and pairs[0] == pairs[1]
-        if hit.protected < hit.train and hit.protected not in found and not is_twin:
-            found.setdefault(hit.train, hit.protected)
-    return found
+class Seen:
+    """Accepted conversations by MinHash: whether a new one nearly equals one of them. About 600 bytes a conversation.
+
+    16 bands of 6: a pair of similarity 0.8 is missed once in 130, of 0.9 once in a million, of 0.3 proposed once in 90. What
+    is proposed is compared exactly, with the text that `read(place)` gives back.
+    """
+
+    _BANDS, _ROWS, _MERGE = 16, 6, 1024
+
+    def __init__(self, threshold: float, read: Callable[[int], Mapping[str, Any]]):
+        self._threshold, self._read = threshold, read
+        # The share of equal places estimates the similarity; four standard deviations below need no second look.
+        places = self._BANDS * self._ROWS
+        self._floor = threshold - 4 * (threshold * (1 - threshold) / places) ** 0.5
+        self._signatures: list[np.ndarray] = []
+        self._where: list[int] = []
+        self._sorted = [(np.zeros(0, np.uint64), np.zeros(0, np.int64)) for _ in range(self._BANDS)]
+        self._recent: list[dict[int, list[int]]] = [{} for _ in range(self._BANDS)]
+        self._fresh: list[tuple[int, np.ndarray]] = []
+
+    def sketch(self, rows: Sequence[Mapping[str, Any]]) -> list["Sketch"]:
+        """What `nearest` and `add` take, of rows that are handled before the next call."""
+        if len(self._fresh) >= self._MERGE:
+            self._merge()
+        signatures = dedup.sketches([whole_text(row) for row in rows], num_perm=self._BANDS * self._ROWS, seed=0)
+        keys = dedup.band_keys(signatures, self._BANDS)
+        proposed: list[set[int]] = [set() for _ in rows]
+        for band, (ordered, numbers) in enumerate(self._sorted):
+            low = np.searchsorted(ordered, keys[:, band])
+            high = np.searchsorted(ordered, keys[:, band], side="right")
+            for i in np.flatnonzero(high > low):
+                proposed[i].update(numbers[low[i] : high[i]].tolist())
+        return [Sketch(*of) for of in zip(signatures, keys, proposed, strict=True)]
+
+    def nearest(self, row: Mapping[str, Any], sketch: "Sketch") -> str | None:
+        """The id of the first conversation that this one nearly equals; its own twin doesn't count."""
+        found = set(sketch.proposed)
+        for recent, key in zip(self._recent, sketch.keys.tolist(), strict=True):
+            if key in recent:
+                found.update(recent[key])
+        own = None
+        for number in sorted(found):
+            if float((self._signatures[number] == sketch.signature).mean()) < self._floor:
+                continue
+            earlier = self._read(self._where[number])
+            if row.get("pair_id") is not None and earlier.get("pair_id") == row["pair_id"]:
+                continue
+            own = own or dedup.shingles(whole_text(row))
+            if dedup.jaccard(own, dedup.shingles(whole_text(earlier))) >= self._threshold:
+                return earlier["conversation_id"]
+        return None
+
+    def add(self, place: int, sketch: "Sketch") -> None:
+        """Count a conversation among the accepted; `read(place)` must give it back."""
+        number = len(self._where)
+        self._where.append(place)
+        self._signatures.append(sketch.signature.copy())
+        self._fresh.append((number, sketch.keys.copy()))
+        for recent, key in zip(self._recent, sketch.keys.tolist(), strict=True):
+            recent.setdefault(key, []).append(number)
+
+    def _merge(self) -> None:
+        numbers = np.array([n for n, _ in self._fresh], np.int64)
+        keys = np.stack([k for _, k in self._fresh])
+        for band, (ordered, old) in enumerate(self._sorted):
+            joined, owners = np.concatenate([ordered, keys[:, band]]), np.concatenate([old, numbers])
+            order = np.argsort(joined, kind="stable")
+            self._sorted[band] = joined[order], owners[order]
+            self._recent[band] = {}
+        self._fresh = []
+
+
+class Sketch(NamedTuple):
+    signature: np.ndarray
+    keys: np.ndarray
+    proposed: set[int]
+
+
+def whole_text(row: Mapping[str, Any]) -> str:
+    return "\n".join(turn["text"] for turn in row["turns"])
 
 
 def _is_long(text: str, limits: Limits) -> bool:
@@ -131,8 +227,8 @@ def first_problem(row: Mapping[str, Any], planned: Mapping[str, Any], task: Task
     problem = conversation_problem(row, task)
     if problem:
         return ("evidence" if problem.startswith("evidence[") else "schema"), problem
-    wanted = [planned["category"]] if planned["variant"] == "violation" else []
-    if row["labels"] != wanted:
+    wanted = plan.labels(planned)
+    if row["labels"][:1] != wanted[:1] or set(row["labels"]) != set(wanted):
         return "label_mismatch", f"labels are {row['labels']}, the plan asked for {wanted}"
     if problem := _evidence_problem(row, task):
         return "evidence", problem
@@ -140,7 +236,7 @@ def first_problem(row: Mapping[str, Any], planned: Mapping[str, Any], task: Task
     if not limits.min_turns <= len(turns) <= limits.max_turns:
         return "turns", f"{len(turns)} turns; {limits.min_turns} to {limits.max_turns} are wanted"
     for i, (a, b) in enumerate(itertools.pairwise(turns)):
-        if a["speaker"] == b["speaker"]:
+        if a["speaker"] == b["speaker"] and task.form == "dialogue":
             return "turn_order", f"turns {i} and {i + 1} are both {a['speaker']}'s"
     if missing := set(task.speakers) - {turn["speaker"] for turn in turns}:
         return "turn_order", f"{', '.join(sorted(missing))} never speaks"
@@ -150,7 +246,7 @@ def first_problem(row: Mapping[str, Any], planned: Mapping[str, Any], task: Task
     if (share := language_share(text, task.language)) < limits.min_language_share:
         return "language", f"{share:.2f} of the characters are {task.language}"
     for i, turn in enumerate(turns):
-        if odd := next((c for c in turn["text"] if c == "\ufffd" or unicodedata.category(c) in _UNSPEAKABLE), None):
+        if odd := next((c for c in turn["text"] if _is_unspeakable(c) and (c != "\n" or task.form == "dialogue")), None):
             return "characters", f"turn {i} holds U+{ord(odd):04X}"
         if limits.sentence_ends and turn["text"].rstrip()[-1] not in limits.sentence_ends:
             return "unfinished", f"turn {i} ends in {turn['text'].rstrip()[-8:]!r}"
@@ -158,27 +254,64 @@ def first_problem(row: Mapping[str, Any], planned: Mapping[str, Any], task: Task
         return "meta_talk", f"contains {phrase!r}"
     if word := label_word(text, task):
         return "label_word", f"contains the label word {word!r}"
+    if kind := personal_data(text, limits.personal_data):
+        return "personal_data", f"contains something like a {kind}"
     return _repetition(turns, limits)
 
 
 def _evidence_problem(row: Mapping[str, Any], task: Task) -> str | None:
     if not row["labels"]:
         return "a compliant conversation has evidence or missing items" if row["evidence"] or row["missing_items"] else None
-    kind = task.category(row["labels"][0]).kind
-    if kind == "utterance" and not row["evidence"]:
-        return f"{row['labels'][0]} is said aloud, so it needs a quote"
-    if kind == "omission" and not row["missing_items"]:
-        return f"{row['labels'][0]} is an omission, so it needs missing_items"
+    quoted = {item["category"] for item in row["evidence"]}
+    for label in row["labels"]:
+        category = task.category(label)
+        if category.kind == "utterance" and label not in quoted:
+            return f"{label} is said aloud, so it needs a quote"
+        if category.kind == "omission" and not row["missing_items"]:
+            return f"{label} is an omission, so it needs missing_items"
     for item in row["evidence"]:
         if (speaker := row["turns"][item["turn"]]["speaker"]) != task.speakers[0]:
             return f"the quote in turn {item['turn']} is {speaker}'s, not {task.speakers[0]}'s"
     return None
 
 
+def twin_problem(pair: Sequence[Mapping[str, Any]], limits: Limits) -> tuple[str, str] | None:
+    """What is wrong between the twins of a pair, each of which is right alone, or None."""
+    if len(pair) != 2:
+        return None
+    a, b = ([dedup.canonical(turn["text"]) for turn in row["turns"]] for row in pair)
+    if a == b:
+        return "twins_equal", "the twins say the same, and have different labels"
+    if limits.max_twin_turns:
+        differing = max(sum(text not in b for text in a), sum(text not in a for text in b))
+        if differing > limits.max_twin_turns:
+            return "twins_differ", f"{differing} turns differ; at most {limits.max_twin_turns} may"
+    return None
+
+
 def label_word(text: str, task: Task) -> str | None:
     """A label of the task that the text spells out, or None."""
     canonical = dedup.canonical(text)
-    return next((word for word in task.label_words if dedup.canonical(word) in canonical), None)
+    return next((word for word, bare in _bare(task.label_words) if bare in canonical), None)
+
+
+@functools.lru_cache(maxsize=16)
+def _bare(words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((word, dedup.canonical(word)) for word in words)
+
+
+def personal_data(text: str, kinds: Sequence[str]) -> str | None:
+    """The first kind of personal data that the text seems to hold, or None."""
+    for kind in kinds:
+        if kind in _PERSONAL and _PERSONAL[kind].search(text):
+            return kind
+    _, counts = privacy.mask(unicodedata.normalize("NFKC", text), [kind for kind in kinds if kind not in _PERSONAL])
+    return next(iter(counts), None)
+
+
+@functools.cache
+def _is_unspeakable(character: str) -> bool:
+    return character == "\ufffd" or unicodedata.category(character) in _UNSPEAKABLE
 
 
 def _repetition(turns: Sequence[Mapping[str, str]], limits: Limits) -> tuple[str, str] | None:
@@ -197,9 +330,16 @@ def language_share(text: str, language: str) -> float:
     """Share of letters that belong to the language's scripts; punctuation, digits and space do not count."""
     if language not in _SCRIPTS:
         raise ValueError(f"language {language!r} has no script table; known: {', '.join(_SCRIPTS)}")
-    letters = [ord(c) for c in text if unicodedata.category(c).startswith("L")]
-    inside = sum(any(low <= c <= high for low, high in _SCRIPTS[language]) for c in letters)
-    return inside / len(letters) if letters else 0.0
+    inside = [found for c in text if (found := _in_script(c, language)) is not None]
+    return sum(inside) / len(inside) if inside else 0.0
+
+
+@functools.cache
+def _in_script(character: str, language: str) -> bool | None:
+    """Whether a letter belongs to the language; None for what is no letter."""
+    if not unicodedata.category(character).startswith("L"):
+        return None
+    return any(low <= ord(character) <= high for low, high in _SCRIPTS[language])
 
 
 def length_probe(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
