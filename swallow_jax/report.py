@@ -256,16 +256,21 @@ def contamination_rows(data: Iterable[tuple[str, Mapping[str, Any]]]) -> list[li
 
 
 def examples(evaluation: Evaluation, model: str) -> list[dict[str, Any]]:
-    """One hit, one miss and one false alarm of the model's first seed, the surest of each where it gives probabilities.
+    """One hit, one miss and one false alarm of the model's, the surest of each where it gives probabilities.
 
+    They come from its first seed; a kind that did not occur there from another seed, or from another model, which is named.
     Each has `kind`, `row`, `conversation` and `marks` (turn -> strings to highlight): the gold quotes, or, on a compliant
     conversation, the lines in which it differs from its violating twin. A kind that did not occur has `row` None.
     """
-    rows = [r for r in run.read_jsonl(evaluation.folder / "predictions.jsonl") if r["model"] == model]
+    everyone = run.read_jsonl(evaluation.folder / "predictions.jsonl")
+    rows = [r for r in everyone if r["model"] == model]
     if not rows:
         known = ", ".join(arm["model"] for arm in evaluation.details["arms"])
         raise ValueError(f"example_model {model!r} is not in {evaluation.folder}; it has: {known}")
-    rows = [r for r in rows if r["seed"] == min(r["seed"] for r in rows) and r["valid"]]
+    others = [arm["model"] for arm in reversed(evaluation.details["arms"]) if arm["model"] != model]
+    # In order of preference: this model's seeds, then the other models, the last of the table first.
+    choices = [[r for r in rows if r["seed"] == seed and r["valid"]] for seed in sorted({r["seed"] for r in rows})]
+    choices += [[r for r in everyone if r["model"] == other and r["valid"]] for other in others]
     conversations = run.read_jsonl(evaluation.details["test_set"]["path"])
     by_id = {c["conversation_id"]: c for c in conversations}
     kinds = {
@@ -275,10 +280,13 @@ def examples(evaluation: Evaluation, model: str) -> list[dict[str, Any]]:
     }
     found = []
     for kind, fits in kinds.items():
-        row = max((r for r in rows if fits(r)), key=lambda r: r.get("probs", {}).get(r["pred"], 0.0), default=None)
+        fitting = next(filter(None, ([r for r in choice if fits(r)] for choice in choices)), [])
+        row = max(fitting, key=lambda r: r.get("probs", {}).get(r["pred"], 0.0), default=None)
         conversation = by_id[row["conversation_id"]] if row else None
         marked = marks(conversation, conversations) if row else {}
-        found.append({"kind": kind, "row": row, "conversation": conversation, "marks": marked})
+        asked = row is None or row["model"] == model
+        by = "" if asked else f" ({row['model']}; none by {model})"
+        found.append({"kind": kind, "row": row, "conversation": conversation, "marks": marked, "by": by})
     return found
 
 
@@ -303,7 +311,7 @@ def example_words(example: Mapping[str, Any], names: Mapping[str, str]) -> str:
     missing = "; left unsaid: " + "、".join(conversation["missing_items"]) if conversation["missing_items"] else ""
     shown = "" if conversation["labels"] else "; marked: where it differs from its violating twin"
     verdict = f"gold {names[row['gold']]}, predicted {names[row['pred']]}{sure}"
-    return f"{example['kind']}: {row['conversation_id']}, {verdict}{missing}{shown}"
+    return f"{example['kind']}{example['by']}: {row['conversation_id']}, {verdict}{missing}{shown}"
 
 
 def mark_parts(text: str, quotes: Sequence[str]) -> list[tuple[bool, str]]:

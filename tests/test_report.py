@@ -112,15 +112,23 @@ def test_examples_show_a_hit_a_miss_and_a_false_alarm_with_their_evidence(evalua
     assert found["false alarm"]["marks"] == {1: ["Please read report 1."]}  # where it differs from its twin
 
 
-def test_examples_are_of_one_seed_and_never_of_an_invalid_answer(evaluation):
-    predictions = [row for row in run.read_jsonl(evaluation / "predictions.jsonl") if row["model"] == "keywords"]
+def test_examples_come_from_the_first_seed_that_has_one_then_from_another_model_and_never_from_an_invalid_answer(evaluation):
+    everyone = run.read_jsonl(evaluation / "predictions.jsonl")
+    predictions = [row for row in everyone if row["model"] == "keywords"]
     later = [row | {"seed": 1, "pred": "gift" if row["gold"] == "compliant" else row["gold"]} for row in predictions]
     for row in predictions:
         if row["conversation_id"] == "c0c":
             row.update(pred="invalid", valid=False)
     run.write_jsonl(evaluation / "predictions.jsonl", later + predictions)
-    alarm = report.examples(report.read_evaluation(evaluation), "keywords")[2]
-    assert alarm["row"] is None
+    hit, _, alarm = report.examples(report.read_evaluation(evaluation), "keywords")
+    assert (hit["row"]["seed"], alarm["row"]["seed"]) == (0, 1), "only the second seed raised an alarm"
+
+    others = [row | {"model": "constant", "pred": "gift"} for row in predictions if row["gold"] == "compliant"]
+    run.write_jsonl(evaluation / "predictions.jsonl", [*predictions, *(row | {"valid": True} for row in others)])
+    shown = report.read_evaluation(evaluation)
+    alarm = report.examples(shown, "keywords")[2]
+    assert alarm["row"]["model"] == "constant"
+    assert report.example_words(alarm, shown.names()).startswith("false alarm (constant; none by keywords): ")
 
 
 def test_the_surest_example_is_shown_and_a_kind_that_did_not_occur_is_said_so(evaluation):

@@ -286,7 +286,7 @@ def test_clients_that_hang_up_leave_no_slot_behind(local):
         expected = complete(port)["choices"]
         given_up = []
         service.sampler.submit, submit = lambda *a: given_up.append(submit(*a)) or given_up[-1], service.sampler.submit
-        threads = [threading.Thread(target=hang_up, args=(port, {"n": 8, "seed": i}, 0.2 + 0.1 * i)) for i in range(4)]
+        threads = [threading.Thread(target=hang_up, args=(port, {"n": 8, "seed": i}, 0.02)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -301,7 +301,7 @@ def test_clients_that_hang_up_leave_no_slot_behind(local):
 def test_more_requests_than_allowed_are_told_to_come_again(local):
     import dataclasses
 
-    with serving(local, limits=dataclasses.replace(LIMITS, requests=1, answer_s=0.3)) as (service, port):
+    with serving(local, limits=dataclasses.replace(LIMITS, requests=1)) as (service, port):
         thread = threading.Thread(target=hang_up, args=(port, {"n": 8, "max_tokens": 126}, 1.0))
         thread.start()
         while not service.under_way:
@@ -309,8 +309,14 @@ def test_more_requests_than_allowed_are_told_to_come_again(local):
         assert post(port, "/v1/completions", {"model": "tiny", "prompt": "a"})[0] == 429
         thread.join()
         settled(service)
+
+
+def test_an_answer_that_takes_too_long_is_given_up(local):
+    import dataclasses
+
+    with serving(local, limits=dataclasses.replace(LIMITS, answer_s=0.01)) as (service, port):
         status, answer = post(port, "/v1/completions", {"model": "tiny", "prompt": ["b"] * 8, "max_tokens": 126})
-        assert status == 503 and "no answer within 0.3 s" in answer["error"]["message"]
+        assert status == 503 and "no answer within 0.01 s" in answer["error"]["message"]
         settled(service)
 
 

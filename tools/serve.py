@@ -6,7 +6,8 @@
 --path is an HF folder (tools.export makes one of a run) or a GGUF file. The server listens on this machine alone; another
 --host needs --api_key_env, the name of an environment variable that holds the key clients must send. It says when it is
 ready. SIGTERM or Ctrl-C: it takes no new requests, finishes those under way within --drain_s, and ends. lm-eval's
-local-completions takes base_url=http://127.0.0.1:8000/v1/completions; for fleets serve the exported folder with vLLM.
+local-completions takes base_url=http://127.0.0.1:8000/v1/completions,model=NAME,tokenizer=PATH, for Llama 2 and 3 also
+add_bos_token=True, or its scores are those of texts without a beginning. For fleets serve the exported folder with vLLM.
 """
 
 import ipaddress

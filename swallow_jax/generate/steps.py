@@ -168,10 +168,11 @@ def decode_program() -> Any:
     """`_decode`, compiled so that a row's bits do not depend on the number of rows.
 
     XLA:CPU hands a sum to its kernel library when there are enough of them, which adds in another order (2 and 16 rows of an
-    RMSNorm differ in the last bit); restricted to matrix products, every number of rows takes the same path. A version of
-    XLA without this option has another answer to the question, which tests/test_engine.py asks.
+    RMSNorm differ in the last bit); restricted to matrix products (JAX 0.10), or without it (from JAX 0.11 on its products, too,
+    depend on the number of rows), every number of rows takes the same path. tests/test_engine.py asks each version.
     """
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT" if jax.__version_info__ < (0, 11) else ""
+    options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
