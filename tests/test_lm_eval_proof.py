@@ -17,7 +17,7 @@ from swallow_jax import run
 from swallow_jax.evaluate import lm_eval
 from swallow_jax.generate import backends
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.proof
 
 ROOT = Path(__file__).parent.parent
 ITEMS = int(os.environ.get("LM_EVAL_ITEMS", "200"))  # of each kind
