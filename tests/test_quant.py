@@ -30,7 +30,7 @@ def test_joined_products_are_those_of_the_parts(cpu):
 def test_a_row_has_the_same_bits_in_any_company(int8):
     made = quant.matrix(weights(96, 32, inputs=512), dtype=jnp.float32, int8=int8, cpu=True)
     x_XI = jnp.asarray(np.random.default_rng(2).standard_normal((64, 512)), jnp.float32)
-    product = jax.jit(lambda x_XI: made(x_XI[:, None])[:, 0])
+    product = jax.jit(lambda x_XI: made(x_XI[:, None])[:, 0], compiler_options=steps.compiler_options())
     whole = np.asarray(product(x_XI))
     for rows in (2, 3, 7, 16, 17, 31, 32):
         assert np.array_equal(product(x_XI[:rows]), whole[:rows]), rows

@@ -164,8 +164,8 @@ def start(state, logits_1V, slot, row, stop_ids):
 
 
 @functools.cache
-def decode_program() -> Any:
-    """`_decode`, compiled so that a row's bits do not depend on the number of rows.
+def compiler_options() -> dict[str, str] | None:
+    """What makes a row's bits on a CPU independent of the number of rows; None where XLA does not know it.
 
     XLA:CPU hands a sum to its kernel library when there are enough of them, which adds in another order (2 and 16 rows of an
     RMSNorm differ in the last bit); restricted to matrix products (JAX 0.10), or without it (from JAX 0.11 on its products, too,
@@ -176,9 +176,15 @@ def decode_program() -> Any:
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
-        options = None
+        return None
+    return options
+
+
+@functools.cache
+def decode_program() -> Any:
+    """`_decode`, compiled so that a row's bits do not depend on the number of rows."""
     static, donated = ("config", "compute", "chunk"), ("state", "cache")
-    return jax.jit(_decode, static_argnames=static, donate_argnames=donated, compiler_options=options)
+    return jax.jit(_decode, static_argnames=static, donate_argnames=donated, compiler_options=compiler_options())
 
 
 def _decode(params, state, cache, prefix, stop_ids, *, config, compute, chunk):
