@@ -10,6 +10,7 @@ report.html, report.json, dropped.jsonl, failed.jsonl. A killed run goes on with
 """
 
 import dataclasses
+import functools
 import glob
 import itertools
 import os
@@ -297,15 +298,17 @@ def _expand(globs: Iterable[str]) -> list[Path]:
     return found
 
 
+@functools.cache
 def _test_files(contamination: Contamination | None) -> tuple[Path, ...]:
     """The conversation files of the globs; a task folder stands for its test and development sets."""
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where it exists
     files: list[Path] = []
     for path in _expand(contamination.test_sets) if contamination else ():
         if path.is_dir():
             if (path / "task.yaml").is_file():
-                task = yaml.safe_load((path / "task.yaml").read_text(encoding="utf-8"))
+                task = yaml.load((path / "task.yaml").read_text(encoding="utf-8"), Loader=loader)
                 sets: Mapping[str, str] = {
                     **(task.get("test_sets") or {}),
                     **{f"dev {k}": v for k, v in (task.get("dev_sets") or {}).items()},

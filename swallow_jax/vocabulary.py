@@ -73,8 +73,9 @@ class _Settings:
 
 
 # The three kinds of vocabulary. Each has `size`, `controls` (spelling -> id), `unknown_id`, `tokens` (what bos_token
-# etc. are where no file says so), `eos`, `encode -> (ids, ends)` and `decode` of ordinary ids. `ends`, made where
-# `spans` are asked for, are the characters begun when a token ends: the bytes of one character share their end.
+# etc. are where no file says so), `eos`, `lengths` (bytes of each id), `encode -> (ids, ends)` and `decode` of ordinary
+# ids. `ends`, made where `spans` are asked for, are the characters begun when a token ends: the bytes of one character
+# share their end.
 # Where it `reads_controls`, a rendered text without markers goes through it whole, as transformers does it: then also
 # what an added token does to its neighbours (lstrip, rstrip, the prefix space of the first word) is the library's.
 
@@ -106,11 +107,22 @@ class _HuggingFace:
     def encode(self, text: str, *, controls: bool, spans: bool) -> tuple[list[int], list[int]]:
         with self._lock:
             self._tokenizer.encode_special_tokens = not controls  # True: read them as ordinary text
+            if not spans:  # a third faster: no offsets
+                return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, []
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets] if spans else []
+        return encoding.ids, [end for _, end in encoding.offsets]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def lengths(self) -> list[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        by_bytes = "ByteLevel" in {part["type"] for part in (decoder, *decoder.get("decoders", ()))}  # a character a byte
+        found = [0] * self.size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            found[i] = len(added[i].content.encode()) if i in added else len(token) if by_bytes else _piece_bytes(token)
+        return found
 
 
 class _SentencePiece:
@@ -164,6 +176,9 @@ class _SentencePiece:
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
+    def lengths(self) -> list[int]:
+        return [_piece_bytes(self._model.id_to_piece(i)) for i in range(self.size)]
+
 
 class _Tiktoken:
     """Llama 3's ranks file; the special tokens, which it does not list, follow the ranks."""
@@ -201,6 +216,14 @@ class _Tiktoken:
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids, errors="replace")
+
+    def lengths(self) -> list[int]:
+        return [len(self._encoding.decode_single_token_bytes(i)) for i in range(self.size)]
+
+
+def _piece_bytes(piece: str) -> int:
+    """Bytes of a SentencePiece piece: U+2581 is a space, <0x0A> a byte."""
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def _tiktoken_parts(text: str) -> Iterable[str]:

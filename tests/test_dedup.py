@@ -1,7 +1,12 @@
 """Duplicates are found, distinct texts stay, and no test text hides in training text."""
 
+import re
+import unicodedata
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swallow_jax.data import dedup
 
@@ -22,6 +27,17 @@ def edited(rng, text, edits):
 
 def test_canonical_form_ignores_width_case_space_and_punctuation():
     assert dedup.canonical("「ＡＢＣ」 は、１２３ です。") == dedup.canonical("abcは123です")
+
+
+@given(
+    st.lists(
+        st.sampled_from([*"かガｶﾞ①１aＡßİ 、_²ﬁǆ", *"\u3099\u309a\u0301\u0327ㄱ\u1100\u1161\u11a8각\u0dd9\u0dcf"])
+        | st.characters()
+    )
+)
+def test_canonical_form_is_that_of_the_whole_text_where_characters_join(characters):
+    text = "".join(characters)
+    assert dedup.canonical(text) == re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
 
 
 def test_exact_duplicates_are_noticed_despite_punctuation():

@@ -150,7 +150,7 @@ def load_domain(folder: str | Path) -> Domain:
     if not path.exists():
         raise ValueError(f"{path} does not exist; a domain folder needs it")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     given = set(content) if isinstance(content, dict) else set()
