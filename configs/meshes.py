@@ -13,7 +13,10 @@ MESHES = {
     "h200x1": (1, 1, 1, 1),
     "h100x8": (1, 8, 1, 1),
     "v5e-16": (1, 16, 1, 1),  # 16 chips
-    "v5p-16": (1, 8, 1, 1),  # Google counts TensorCores: 8 chips
+    "v5e-16-sample": (1, 1, 16, 1),  # generation: weights stay, split over all chips
+    "v5p-8-sample": (1, 1, 4, 1),  # Google counts TensorCores: 4 chips
+    "v5p-16": (1, 8, 1, 1),  # 8 chips
+    "v5p-64": (1, 32, 1, 1),
     "v5p-128": (1, 64, 1, 1),  # 64 chips
     "v6e-16": (1, 16, 1, 1),
     "v6e-64": (1, 64, 1, 1),

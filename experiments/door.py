@@ -1,20 +1,25 @@
 """The door of every program: flags, config overrides, errors as one sentence, the result as the last line of output."""
 
+import difflib
 import inspect
 import json
 import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import supervise
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config: a file of configs/ (or FILE:ARGUMENT).", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder to write (default: runs/<path of the config>).")
+_RESTARTS = flags.DEFINE_integer("restarts", 0, "Start again from what is saved, at most so often, when killed or left alone.")
+_RESTART_S = flags.DEFINE_float("restart_s", 5.0, "Seconds between a loss and the next start.")
 
 
 def launch(main: Callable[[Any, Path], dict[str, Any]], doc: str) -> None:
@@ -27,10 +32,15 @@ def launch(main: Callable[[Any, Path], dict[str, Any]], doc: str) -> None:
             raise ValueError("--config=FILE is missing; --help shows an example")
         if not Path(name.split(":")[0]).is_file():
             raise FileNotFoundError(f"config {name} does not exist; see configs/")
-        workdir = _WORKDIR.value or default_workdir(name)
-        return main(_CONFIG.value, Path(workdir))
+        workdir = Path(_WORKDIR.value or default_workdir(name))
+        if _RESTARTS.value:
+            program = sys.modules["__main__"].__spec__.name
+            command = [sys.executable, "-m", program, *sys.argv[1:], "--restarts=0"]  # the last one counts
+            log = workdir / "metrics.jsonl"
+            sys.exit(supervise.keep_running(command, restarts=_RESTARTS.value, wait_s=_RESTART_S.value, log=log))
+        return main(_CONFIG.value, workdir)
 
-    _run(program, doc, "--config=FILE.py  --workdir=FOLDER  --config.section.field=value (any field of the config)")
+    _run(program, doc, "--config=FILE.py  --workdir=FOLDER  --restarts=N  --config.section.field=value (any field of the config)")
 
 
 def tool(main: Callable[[], dict[str, Any]], doc: str) -> None:
@@ -119,6 +129,31 @@ def load_config(config_file: str, *, runs: str = "") -> Any:
     return get_config(*given, **({"runs": runs} if runs and "runs" in left else {})).lock()
 
 
+def override(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The config with fields ({"optim.learning_rate": 1e-3}) changed in place; ValueError for unknown ones and wrong types."""
+    for field, value in changes.items():
+        *sections, last = field.split(".")
+        place = config
+        for section in sections:
+            place = place.get(section) if isinstance(place, ConfigDict) else None
+        if not isinstance(place, ConfigDict) or last not in place:
+            near = difflib.get_close_matches(field, [name for name, _ in _fields(config)], n=1)
+            raise ValueError(f"the config has no field {field!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        try:
+            place[last] = value
+        except TypeError:
+            kind = type(place[last]).__name__
+            raise ValueError(f"{field}={value!r} is {type(value).__name__}, {kind} is wanted") from None
+    return config
+
+
+def _fields(section: ConfigDict, above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        yield f"{above}{name}", value
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{above}{name}.")
+
+
 def _compilation_cache() -> None:
     """Compiled programs are kept between runs (JAX_COMPILATION_CACHE_DIR overrides the place)."""
     place = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swallow_jax" / "xla"
@@ -132,4 +167,6 @@ def _compilation_cache() -> None:
 
 def _stop(sentence: str, *, code: int = 1) -> None:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        os._exit(code)  # Python's own way out would wait for the other processes, which wait for this one
     sys.exit(code)

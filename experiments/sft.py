@@ -7,12 +7,13 @@ and trains like experiments.cpt. `data.replay` mixes packed text shards in (join
 trained (configs/sft/lora_tiny.py).
 """
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 from experiments import cpt, door
-from swallow_jax import checkpoint, run, text, train
+from swallow_jax import checkpoint, hosts, run, text, train
 from swallow_jax.data import packing, shards
 
 
@@ -28,14 +29,17 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     cpt.check_inputs(shard_files, made_by="experiments.prepare")
     cpt.check_init(config)
     inputs |= shard_files
-    job = run.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init])
+    hosts.start(config.get("hosts"))
+    checkpoint.pull(workdir, config.checkpoint.get("bucket", ""))
+    job = hosts.open_run(workdir, config.to_dict(), inputs=inputs, parents=[config.init], free=cpt.WHERE)
     if job.finished:
-        print(f"{workdir} is finished; nothing to do", flush=True)
+        hosts.say(f"{workdir} is finished; nothing to do")
         return job.result
     tokenizer = text.load_tokenizer(checkpoint.model_folder(config.init))
     for name in ("samples", "heldout_samples"):
-        if not (job.folder / "data" / name / "index.json").is_file():
-            pack(Path(config.data[name]), job.folder / "data" / name, tokenizer, config.data.row_length, config.data.train_on)
+        folder = job.folder / "data" / name
+        arguments = (Path(config.data[name]), folder, tokenizer, config.data.row_length, config.data.train_on)
+        hosts.one_after_all(functools.partial(pack, *arguments), (folder / "index.json").is_file)
     packed = job.folder / "data" / "samples"
     index = shards.read_index(packed)
     # Epochs are counted over the samples; replay rows come on top, in the ratio of the weights.

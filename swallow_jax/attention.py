@@ -8,15 +8,21 @@ Backends, all exact and all isolating packed documents:
   xla   all rows at once, in query blocks of 1024, so that [T, S] scores never exist whole: the reference
   rows  one row after the other, in query blocks of 128, whose temporaries stay in a core's cache: on a CPU the gradient takes
         a quarter of the time (28 against 112 ms at B=16, T=256; 59 against 270 ms at B=8, T=512)
-  splash a kernel for TPUs (kernels.py); against a cache it computes as `xla` does
+  splash, cudnn  kernels for TPUs and Hopper GPUs (kernels.py); against a cache they compute as `xla` does
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from swallow_jax import kernels
+from swallow_jax import mesh as meshes
+from swallow_jax.kernels import RESIDUALS
 
 _BLOCKS = {"xla": 1024, "rows": 128}
+_KERNELS = {"splash": kernels.splash, "cudnn": kernels.cudnn}
 _SCORES = 1 << 27  # float32 scores against a cache that exist at once: 512 MiB
 _MASKED = -1e30  # finite: a row without any key would be NaN with -inf; exp(_MASKED - max) is exactly 0
 
@@ -37,20 +43,48 @@ def attend(
     `aligned` says that key i is the token of query i (no cache), so that blocks of keys behind the last query are left out;
     segments need it. Documents are isolated exactly: a masked key has weight 0.0, so changing it changes no bit.
     """
-    if backend == "splash":
-        from swallow_jax import kernels  # Pallas is slow to import
-
+    if backend in _KERNELS:
         if not aligned:
-            raise ValueError("attention 'splash' reads rows, no cache; attend_cached serves a cache")
+            raise ValueError(f"attention {backend!r} reads rows, no cache; attend_cached serves a cache")
         rows = jnp.ones(q_positions_BT.shape, jnp.int32) if segments_BT is None else segments_BT
-        return kernels.splash(q_BTKGH, k_BSKH, v_BSKH, rows)
+        return _KERNELS[backend](q_BTKGH, k_BSKH, v_BSKH, rows)
     if backend not in _BLOCKS:
-        raise ValueError(f"unknown attention backend {backend!r}; known: splash, {', '.join(_BLOCKS)}")
+        raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join((*_KERNELS, *_BLOCKS))}")
     if segments_BT is not None and not aligned:
         raise ValueError("packed documents cannot be read through a cache; give one document a row")
+    columns = (q_BTKGH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, segments_BT, segments_BT)
+    mesh = jax.sharding.get_abstract_mesh()
+    if aligned and not mesh.empty and mesh.shape.get("context", 1) > 1:
+        return checkpoint_name(_over_context(columns, backend), RESIDUALS)
+    return checkpoint_name(_rows(columns, backend, aligned=aligned), RESIDUALS)
+
+
+def _over_context(columns, backend: str) -> jax.Array:
+    """Context parallelism: each device has a part of the queries and gathers the keys and values of the whole row.
+
+    Correct for any packing, as documents and positions decide who sees whom; the devices with the first queries compute as much
+    as the others although they see less.
+    """
+    head, row = ("kv_heads", None), ("batch", "seq")
+    axes = ((*row, "kv_heads", None, None), (*row, *head), (*row, *head), row, row, row, row)
+    present = [column is not None for column in columns]
+
+    def local(*given):
+        given = iter(given)
+        q, k, v, q_positions, k_positions, q_segments, k_segments = (next(given) if here else None for here in present)
+        k, v, k_positions, k_segments = jax.tree.map(
+            lambda x: jax.lax.all_gather(x, "context", axis=1, tiled=True), (k, v, k_positions, k_segments)
+        )
+        return _rows((q, k, v, q_positions, k_positions, q_segments, k_segments), backend, aligned=False)
+
+    given = [column for column in columns if column is not None]
+    specs = tuple(meshes.spec(names) for names, here in zip(axes, present, strict=True) if here)
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*given)
+
+
+def _rows(columns, backend: str, *, aligned: bool) -> jax.Array:
     row = functools.partial(_row, block=_BLOCKS[backend], aligned=aligned)
-    columns = (q_BTKGH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, segments_BT)
-    if backend == "xla" or q_BTKGH.shape[0] == 1:
+    if backend == "xla" or columns[0].shape[0] == 1:
         return jax.vmap(row)(*columns)
     return jax.lax.map(lambda one: row(*one), columns)
 
@@ -70,9 +104,9 @@ def attend_cached(
     all rows' queries stacked, read once. Its scores and the row's own are one softmax, merged by their maxima and sums.
     Products are taken in the cache's dtype with float32 sums; returns [B, T, K, G, H] in the dtype of q.
     """
-    backend = "xla" if backend == "splash" else backend
+    backend = "xla" if backend in _KERNELS else backend
     if backend not in _BLOCKS:
-        raise ValueError(f"unknown attention backend {backend!r}; known: splash, {', '.join(_BLOCKS)}")
+        raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join((*_KERNELS, *_BLOCKS))}")
     B, T, K, G, H = q_BTKGH.shape
     S, dtype = k_BKHS.shape[-1], k_BKHS.dtype
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -104,7 +138,9 @@ def attend_cached(
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
-def _row(q_TKGH, k_SKH, v_SKH, q_positions_T, k_positions_S, segments_T, *, block: int, aligned: bool) -> jax.Array:
+def _row(
+    q_TKGH, k_SKH, v_SKH, q_positions_T, k_positions_S, q_segments_T, k_segments_S, *, block: int, aligned: bool
+) -> jax.Array:
     """One row of the batch, block of queries after block of queries."""
     T, K, G, H = q_TKGH.shape
 
@@ -127,7 +163,7 @@ def _row(q_TKGH, k_SKH, v_SKH, q_positions_T, k_positions_S, segments_T, *, bloc
         last = min(first + block, T)
         seen = slice(0, last) if aligned else slice(None)
         allowed = q_positions_T[first:last, None] >= k_positions_S[None, seen]
-        if segments_T is not None:
-            allowed &= segments_T[first:last, None] == segments_T[None, seen]
+        if q_segments_T is not None:
+            allowed &= q_segments_T[first:last, None] == k_segments_S[None, seen]
         outs.append(one(q_TKGH[first:last], k_SKH[seen], v_SKH[seen], allowed))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs)

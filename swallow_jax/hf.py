@@ -403,6 +403,12 @@ def tensors_of(params: Params) -> Tensors:
 
 def _host_rows(leaf: Any, layer: int | None, first: int, last: int) -> np.ndarray:
     devices = leaf.devices() if isinstance(leaf, jax.Array) else set()
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # other processes hold parts: all of them ask for it
+        everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        begin = (layer, first) if layer is not None else (first,)
+        sizes = (1, last - first) if layer is not None else (last - first,)
+        block = np.asarray(_slice_everywhere(everywhere, sizes + leaf.shape[len(sizes) :])(leaf, np.array(begin, np.int32)))
+        return block[0] if layer is not None else block
     if len(devices) > 1 or any(d.platform != "cpu" for d in devices):
         # One program for all layers and blocks of a size; a plain slice would be compiled for each.
         start = ((layer,) if layer is not None else ()) + (first,)
@@ -412,6 +418,15 @@ def _host_rows(leaf: Any, layer: int | None, first: int, last: int) -> np.ndarra
         return block[0] if layer is not None else block
     whole = np.asarray(leaf)  # a view on the CPU
     return whole[first:last] if layer is None else whole[layer, first:last]
+
+
+@functools.lru_cache(maxsize=64)
+def _slice_everywhere(everywhere: Any, sizes: tuple[int, ...]) -> Callable:
+    def cut(leaf: jax.Array, begin: jax.Array) -> jax.Array:
+        starts = [begin[i] for i in range(begin.shape[0])] + [0] * (len(sizes) - begin.shape[0])
+        return jax.lax.dynamic_slice(leaf, starts, sizes)
+
+    return jax.jit(cut, out_shardings=everywhere)
 
 
 # The table at work.

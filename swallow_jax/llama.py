@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from swallow_jax.attention import attend, attend_cached
+from swallow_jax.attention import RESIDUALS, attend, attend_cached
 from swallow_jax.mesh import constrain
 
 Params = dict[str, Any]
@@ -59,7 +60,7 @@ class Compute:
     """How the same numbers are computed: activation dtype, rematerialisation, loop form, attention backend."""
 
     dtype: str  # "float32" | "bfloat16": matmul inputs; norms, softmax and logits are float32 either way
-    remat: str  # "none" | "dots" | "full"
+    remat: str  # what the backward pass computes again: "none" | "dots" | "attention" | "full", or names of SAVED kept, "q,k,v"
     scan_layers: bool  # one compiled layer (scan) or all of them unrolled: scan compiles faster, unrolled runs faster on CPU
     attention: str  # backend: see attention.py
 
@@ -106,14 +107,14 @@ class Block(nnx.Module):
         if c.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps)
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        q_BTNH, k_BTKH = checkpoint_name(apply_rope(q_BTNH, *rope), "q"), checkpoint_name(apply_rope(k_BTKH, *rope), "k")
         # Query head n reads key-value head n // G: neighbours share one (HF repeat_kv), so K comes first.
         q_BTKGH = q_BTNH.reshape(B, T, c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
         if cache is None:
             a_BTKGH = attend(
                 q_BTKGH,
                 k_BTKH,
-                v_BTKH,
+                checkpoint_name(v_BTKH, "v"),
                 q_positions_BT=positions_BT,
                 k_positions_BS=positions_BT,
                 segments_BT=segments_BT,
@@ -126,10 +127,12 @@ class Block(nnx.Module):
             v_BKSH = cache[1].at[rows, :, slots_BT].set(v_BTKH.astype(cache[1].dtype), mode="drop")
             cache = (k_BKHS, v_BKSH)
             a_BTKGH = attend_cached(q_BTKGH, k_BKHS, v_BKSH, slots_BT=slots_BT, prefix=prefix, backend=backend)
-        x_BTD = x_BTD + _matmul(a_BTKGH.reshape(B, T, -1), self.o[...])
+        a_BTO = checkpoint_name(a_BTKGH.reshape(B, T, -1), "attention")
+        x_BTD = x_BTD + checkpoint_name(_matmul(a_BTO, self.o[...]), "o")
         x_BTD = constrain(x_BTD, ("batch", "seq", "features"))
         h_BTD = rms_norm(x_BTD, self.post_norm[...], c.rms_norm_eps)
         gate_BTF, up_BTF = _matmuls(h_BTD, self.gate[...], self.up[...])
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, "gate"), checkpoint_name(up_BTF, "up")
         x_BTD = x_BTD + _matmul(jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
         return constrain(x_BTD, ("batch", "seq", "features")), cache
 
@@ -201,6 +204,9 @@ def forward(
     """
     dtype = jnp.dtype(compute.dtype)
     rope = rope_cos_sin(config, positions_BT)
+    if cache is None:
+        # Once for all layers: XLA:CPU would fuse the cosines into every use of them (4 % of a training step).
+        rope = jax.lax.optimization_barrier(rope)
     x_BTD = constrain(params["embed"][tokens_BT].astype(dtype), ("batch", "seq", "features"))
 
     def layer(leaves, x_BTD, layer_cache, layer_prefix):
@@ -216,8 +222,13 @@ def forward(
         x_BTD, _ = jax.lax.scan(lambda x, leaves: (layer(leaves, x, None, None)[0], None), x_BTD, layers)
     else:
         keys, values = [], []
+        if not isinstance(layers, list):
+            # One split, whose gradient is one concatenation; that of L slices would be a sum of L padded arrays.
+            leaves, tree = jax.tree.flatten(layers)
+            pieces = [jax.lax.split(leaf, (1,) * config.num_layers) for leaf in leaves]
+            layers = [tree.unflatten([piece[0] for piece in one]) for one in zip(*pieces, strict=True)]
         for i in range(config.num_layers):
-            leaves = layers[i] if isinstance(layers, list) else jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+            leaves = layers[i]
             shared = None if prefix is None else (prefix["k"][i], prefix["v"][i], prefix["length"])
             x_BTD, kv = layer(leaves, x_BTD, None if cache is None else (cache["k"][i], cache["v"][i]), shared)
             if kv is not None:
@@ -322,11 +333,20 @@ def _block(config: LlamaConfig, leaves: Params) -> tuple[Any, Any]:
     return graph, state
 
 
+# Arrays of a layer that a rematerialisation policy can keep: q and k with RoPE, what attention returns, the products.
+SAVED = ("q", "k", "v", "attention", "o", "gate", "up")
+
+
 def _remat(layer, policy: str):
+    policies = jax.checkpoint_policies
     if policy == "none":
         return layer
     if policy == "full":
         return jax.checkpoint(layer)
     if policy == "dots":
-        return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    raise ValueError(f"unknown remat policy {policy!r}; known: none, dots, full")
+        return jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)
+    # "attention": what an attention kernel needs to go backward, so that its forward pass is not run again.
+    names = ("q", "k", "v", RESIDUALS) if policy == "attention" else tuple(policy.split(","))
+    if policy != "attention" and set(names) - set(SAVED):
+        raise ValueError(f"unknown remat policy {policy!r}; known: none, dots, attention, full, or some of {','.join(SAVED)}")
+    return jax.checkpoint(layer, policy=policies.save_only_these_names(*names))

@@ -31,21 +31,21 @@ def chunked_cross_entropy(
     weights_BT: jax.Array,
     chunk: int,
     z_loss: float,
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of weighted cross-entropies in nats, sum of weighted squared log-normalisers), float32 scalars over all devices.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum of weighted cross-entropies in nats, sum of weighted squared log-normalisers, cross-entropy of each token), float32.
+
+    Sums are scalars over all devices, the last is [B, T], unweighted.
 
     hidden_BTD are the final hidden states in the compute dtype; head_VD is the float32 head (or tied embedding), cast here.
     `chunk` is the number of a device's tokens whose scores exist at once. The gradient of `first + z_loss * second` is
-    what flows back, whatever the cotangent of the second is; weights and targets get none.
+    what flows back, whatever the cotangents of the second and third are; weights and targets get none.
     """
-    return _sums(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, z_loss, with_gradients=False)[:2]
+    return _sums(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, z_loss, with_gradients=False)
 
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, z_loss):
-    loss, squares, d_hidden_BTD, d_head_VD = _sums(
-        hidden_BTD, head_VD, targets_BT, weights_BT, chunk, z_loss, with_gradients=True
-    )
-    return (loss, squares), (d_hidden_BTD, d_head_VD.astype(head_VD.dtype))
+    *sums, d_hidden_BTD, d_head_VD = _sums(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, z_loss, with_gradients=True)
+    return tuple(sums), (d_hidden_BTD, d_head_VD.astype(head_VD.dtype))
 
 
 def _backward(chunk, z_loss, gradients, cotangents):
@@ -64,7 +64,7 @@ def _sums(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, z_loss, *, with_gr
         return local(hidden_BTD, head_VD, targets_BT, weights_BT, axes=())
     tokens, head = meshes.spec(("batch", "seq")), meshes.spec(("vocab", "embed"))
     hidden = meshes.spec(("batch", "seq", None))
-    out = (PartitionSpec(), PartitionSpec()) + ((hidden, head) if with_gradients else ())
+    out = (PartitionSpec(), PartitionSpec(), tokens) + ((hidden, head) if with_gradients else ())
     return jax.shard_map(
         functools.partial(local, axes=meshes.AXES), in_specs=(hidden, head, tokens, tokens), out_specs=out, check_vma=False
     )(hidden_BTD, head_VD, targets_BT, weights_BT)
@@ -92,30 +92,35 @@ def _local(hidden_BTD, head_VD, targets_BT, weights_BT, *, chunk, z_loss, with_g
         hidden_CD, targets_C, weights_C = part
         scores_CV = jnp.einsum("CD,VD->CV", hidden_CD, head_VD, preferred_element_type=jnp.float32)
         highest_C = over_vocabulary(jax.lax.pmax, scores_CV.max(axis=-1))
-        total_C = over_vocabulary(jax.lax.psum, jnp.exp(scores_CV - highest_C[:, None]).sum(axis=-1))
+        powers_CV = jnp.exp(scores_CV - highest_C[:, None])
+        total_C = over_vocabulary(jax.lax.psum, powers_CV.sum(axis=-1))
         normaliser_C = highest_C + jnp.log(total_C)
         hit_CV = targets_C[:, None] - first == jnp.arange(scores_CV.shape[1])[None]
         target_C = over_vocabulary(jax.lax.psum, jnp.where(hit_CV, scores_CV, 0.0).sum(axis=-1))
-        loss += jnp.sum((normaliser_C - target_C) * weights_C)
+        losses_C = normaliser_C - target_C
+        loss += jnp.sum(losses_C * weights_C)
         squares += jnp.sum(jnp.square(normaliser_C) * weights_C)
         if not with_gradients:
-            return (loss, squares, d_head_VD), None
+            return (loss, squares, d_head_VD), (losses_C, None)
         # d(normaliser) = softmax, so the z-term adds 2 z normaliser softmax.
         slope_C = weights_C * (1 + 2 * z_loss * normaliser_C)
-        d_scores_CV = jnp.exp(scores_CV - normaliser_C[:, None]) * slope_C[:, None] - jnp.where(hit_CV, weights_C[:, None], 0.0)
+        d_scores_CV = powers_CV * (slope_C / total_C)[:, None] - jnp.where(hit_CV, weights_C[:, None], 0.0)
         d_scores_CV = d_scores_CV.astype(dtype)
         d_hidden_CD = jnp.einsum("CV,VD->CD", d_scores_CV, head_VD, preferred_element_type=jnp.float32)
         d_head_VD += jnp.einsum("CV,CD->VD", d_scores_CV, hidden_CD, preferred_element_type=jnp.float32)
-        return (loss, squares, d_head_VD), over_vocabulary(jax.lax.psum, d_hidden_CD).astype(dtype)
+        return (loss, squares, d_head_VD), (losses_C, over_vocabulary(jax.lax.psum, d_hidden_CD).astype(dtype))
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, jnp.zeros(head_VD.shape, jnp.float32) if with_gradients else None)
-    (loss, squares, d_head_VD), d_hidden = jax.lax.scan(one, start, columns)
+    (loss, squares, d_head_VD), (losses, d_hidden) = jax.lax.scan(one, start, columns)
+    losses_BT = losses.reshape(targets_BT.shape)
     if axes:
         loss, squares = jax.lax.psum((loss, squares), _DATA)
     if not with_gradients:
-        return loss, squares
+        return loss, squares, losses_BT
     if axes:
         d_head_VD = jax.lax.psum_scatter(d_head_VD, "fsdp", scatter_dimension=1, tiled=True)
         d_head_VD = jax.lax.psum(d_head_VD, ("replica", "context"))
-    return loss, squares, d_hidden.reshape(hidden_BTD.shape), d_head_VD
+        # Added up before the layers go backward: else the sum waits for the optimiser, and the whole [V, D] stays until then.
+        d_hidden, d_head_VD = jax.lax.optimization_barrier((d_hidden, d_head_VD))
+    return loss, squares, losses_BT, d_hidden.reshape(hidden_BTD.shape), d_head_VD

@@ -5,6 +5,7 @@ of size 1 cost nothing, so one laptop core and a pod run the same program.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("replica", "fsdp", "tensor", "context")
 
@@ -51,7 +53,18 @@ def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dict(zip(AXES, shape, strict=True))} wants {int(np.prod(shape))} devices, {len(devices)} are here;"
             " set --config.mesh.* so that the product is the device count"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    if devices[0].platform != "tpu":
+        # In the order of the hosts, so that the last axes, which exchange the most, stay inside one.
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+    # Between TPU slices lies the slow network: only `replica`, which exchanges one sum of gradients a step, may cross it.
+    if config.replica % slices:
+        raise ValueError(f"mesh replica={config.replica} over {slices} slices; set --config.mesh.replica to a multiple of that")
+    inner = (config.replica // slices, *shape[1:])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), devices), AXES, axis_types=kinds)
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -73,6 +86,25 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 def sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     """The placement on `mesh` of an array with these logical axes."""
     return NamedSharding(mesh, spec(axes))
+
+
+def placements(shapes: Any, axes: Any, mesh: Mesh | AbstractMesh) -> list[tuple[str, tuple[int, ...], PartitionSpec, int]]:
+    """(name, shape, spec, bytes a device) of every leaf of `shapes`; `axes` is a tree like it, of tuples of logical names.
+
+    Raises ValueError for an axis that the mesh does not divide.
+    """
+    rows = []
+    names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    for (path, leaf), logical in zip(jax.tree_util.tree_leaves_with_path(shapes), names, strict=True):
+        name = ".".join(str(key.key) for key in path)
+        part = list(leaf.shape)
+        for i, over in enumerate(spec(logical)):
+            pieces = math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over or ()))
+            if part[i] % pieces:
+                raise ValueError(f"{name}: {logical[i]} has {part[i]} entries, {over} splits them {pieces} ways; another mesh")
+            part[i] //= pieces
+        rows.append((name, tuple(leaf.shape), spec(logical), math.prod(part) * leaf.dtype.itemsize))
+    return rows
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import types
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 FORMAT_VERSION = 1
+# Names of fields, and URLs, that hold what belongs in an environment variable.
+_SECRET = re.compile(r"(^|_)(api_?key|password|secret|token|credentials?)$", re.IGNORECASE)
+_LOGIN = re.compile(r"://[^/\s@]+:[^/\s@]+@")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers", "grain")
 T = TypeVar("T")
 
@@ -155,9 +159,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 class Run:
     """A folder that one program writes. `finished` says whether its result is already there."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], *, writes: bool = True):
         self.folder = folder
         self.manifest = manifest
+        self.writes = writes  # of many processes, one does
 
     @property
     def finished(self) -> bool:
@@ -170,7 +175,8 @@ class Run:
     def note(self, **fields: Any) -> None:
         """Add facts to the manifest (licences, counts, hashes)."""
         self.manifest.update(fields)
-        write_json(self.folder / "manifest.json", self.manifest)
+        if self.writes:
+            write_json(self.folder / "manifest.json", self.manifest)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Record the result; from now on the folder counts as whole."""
@@ -187,13 +193,17 @@ def open_run(
     *,
     inputs: Mapping[str, str | os.PathLike],
     parents: Iterable[str | os.PathLike] = (),
+    free: Iterable[str] = (),
 ) -> Run:
     """Open (or continue) the run folder `workdir` for this config and these inputs.
 
-    Raises ValueError, naming the first difference, when the folder holds another config or was made from other inputs.
+    Raises ValueError, naming the first difference, when the folder holds another config or was made from other inputs. Sections
+    of the config in `free` may change while the run is under way (where it runs, not what); the manifest keeps each change.
     """
     folder = Path(workdir)
     config = json.loads(json.dumps(config, default=_plain))
+    if where := _secret(config, "config"):  # it would be written down
+        raise ValueError(f"{where} holds a key or password; put it in an environment variable and name that one (api_key_env)")
     hashes = {name: {"path": str(path), "sha256": sha256_path(path)} for name, path in inputs.items()}
     lineage = {str(path): sha256_path(path) for path in parents}
     existing = folder / "manifest.json"
@@ -202,8 +212,10 @@ def open_run(
         raise ValueError(f"{folder} is not empty and holds no manifest.json; choose another --workdir")
     if "config.json" in others:  # alone: a run killed between its first two files
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if difference := _difference(before, config):
+        fixed, wanted = ({k: v for k, v in c.items() if k not in set(free)} for c in (before, config))
+        if difference := _difference(fixed, wanted):
             raise ValueError(f"{folder} holds another config ({difference}); choose another --workdir or remove the folder")
+        moved = _difference(before, config)
     if existing.is_file():
         manifest = json.loads(existing.read_text(encoding="utf-8"))
         for path, sha256 in lineage.items():
@@ -212,7 +224,11 @@ def open_run(
         for name, entry in hashes.items():
             if manifest["inputs"].get(name, {}).get("sha256") != entry["sha256"]:
                 raise ValueError(f"{folder} was made from another {name} ({entry['path']} has changed); choose another --workdir")
-        return Run(folder, manifest)
+        run = Run(folder, manifest)
+        if moved and not run.finished:
+            run.note(moved=[*manifest.get("moved", []), {"at": _now(), "to": moved}])
+            write_json(folder / "config.json", config)
+        return run
     write_json(folder / "config.json", config)
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -232,26 +248,66 @@ def open_run(
 
 
 class Metrics:
-    """`metrics.jsonl`: one line a step, appended and flushed; on resume, lines after the restored step are cut away."""
+    """`metrics.jsonl`: one line a step, appended and flushed; on resume, lines after the restored step are cut away.
 
-    def __init__(self, path: str | os.PathLike, *, from_step: int):
-        path = Path(path)
+    With `tensorboard` the same numbers go to the folder tensorboard/ beside it. `tail`: the last 64 lines kept.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, from_step: int, writes: bool = True, tensorboard: bool = False):
+        self._board = _tensorboard(Path(path).parent / "tensorboard", from_step) if tensorboard and writes else None
+        path = Path(path if writes else os.devnull)
         kept = []
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 # A kill may leave half a line; it belongs to a step after the checkpoint, so it goes too.
                 if line.endswith("\n") and json.loads(line)["step"] <= from_step:
                     kept.append(line)
-        write_text(path, "".join(kept))
-        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        if writes:
+            write_text(path, "".join(kept))
+        self.tail: list[dict[str, Any]] = [json.loads(line) for line in kept[-64:]]
+        self.last: dict[str, Any] = self.tail[-1] if kept else {}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
 
     def write(self, step: int, **values: Any) -> None:
         self._file.write(json.dumps({"step": step, **values}, default=_plain) + "\n")
         self._file.flush()
+        if self._board:
+            for name, value in _scalars(values):
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, from_step: int) -> Any:
+    try:
+        import tensorboardX
+    except ImportError:
+        raise ValueError("train.tensorboard wants tensorboardX: pip install 'swallow_jax[watch]', or set it to False") from None
+    return tensorboardX.SummaryWriter(logdir=str(folder), purge_step=from_step + 1)
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of every number in nested dicts, names joined with slashes."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, value
+
+
+def _secret(value: Any, where: str) -> str | None:
+    """The first field that holds a key, a password, or a URL with a login in it."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in parts:
+        place = f"{where}[{name}]" if isinstance(name, int) else f"{where}.{name}"
+        if isinstance(inner, str) and inner and (_SECRET.search(str(name)) or _LOGIN.search(inner)):
+            return place
+        if found := _secret(inner, place):
+            return found
+    return None
 
 
 def _difference(before: Any, after: Any, path: str = "config") -> str | None:

@@ -68,6 +68,18 @@ class Tokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(self._path.read_bytes()).hexdigest()
 
+    @functools.cached_property
+    def byte_lengths(self) -> "numpy.ndarray":  # noqa: F821 (loaded when it is asked for)
+        """Bytes of UTF-8 that each id adds to a text, int32 [vocab_size]; control tokens add none.
+
+        Summed over the ids of a text they are its size, but for the space that SentencePiece sets before the first word.
+        """
+        import numpy as np
+
+        lengths = np.array(self._backend.lengths(), np.int32)
+        lengths[sorted(self.special_ids)] = 0
+        return lengths
+
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Ids of `text`, in which nothing is a control token. `add_bos` puts bos_id first where there is one."""
         _check_text(text)

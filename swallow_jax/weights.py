@@ -232,7 +232,10 @@ def _pread(file: Path, start: int, stride: int, first: int, last: int, out: np.n
 
 
 def best_step(path: str | os.PathLike, which: str) -> Path:
-    """The step's folder under a run's checkpoints/: the `last`, or the `best` by held-out loss (the earlier of equals)."""
+    """The step's folder under a run's checkpoints/: the `last`, or the `best` by held-out loss (the earlier of equals).
+
+    Steps saved without a held-out loss, because somebody asked to stop, are the best only where there is no other.
+    """
     root = Path(path) / "checkpoints"
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r}; known: best, last")
@@ -242,7 +245,8 @@ def best_step(path: str | os.PathLike, which: str) -> Path:
     if which == "last":
         return root / str(steps[-1])
     losses = {s: json.loads((root / str(s) / "data" / "metadata").read_text())["heldout_loss"] for s in steps}
-    return root / str(min(steps, key=lambda s: (losses[s], s)))
+    measured = [s for s in steps if losses[s] is not None] or steps[-1:]
+    return root / str(min(measured, key=lambda s: (losses[s], s)))
 
 
 def open_checkpoint(step: Path, keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:

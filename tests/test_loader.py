@@ -51,8 +51,24 @@ def test_hosts_share_the_same_global_batch(tmp_path, hosts):
     mixed = mixture(tmp_path)
     settings = {"batch_size": 8, "seed": 1, "start_step": 3}
     whole = order(loader.open_batches(mixed, **settings), 5)
-    parts = [order(loader.open_batches(mixed, **settings, host_index=h, host_count=hosts), 5) for h in range(hosts)]
+    shares = [range(h * 8 // hosts, (h + 1) * 8 // hosts) for h in range(hosts)]
+    parts = [order(loader.open_batches(mixed, **settings, rows=share), 5) for share in shares]
     assert [flat(rows) for rows in zip(*parts, strict=True)] == whole
+
+
+def test_rows_may_lie_apart_and_repeat_elsewhere(tmp_path):
+    """A mesh may give a process rows that are no neighbours, and two processes the same rows (tensor parallel)."""
+    mixed = mixture(tmp_path)
+    settings = {"batch_size": 8, "seed": 1, "start_step": 3}
+    whole = order(loader.open_batches(mixed, **settings), 2)
+    apart = order(loader.open_batches(mixed, **settings, rows=(0, 1, 4, 5)), 2)
+    assert apart == [[rows[i] for i in (0, 1, 4, 5)] for rows in whole]
+
+
+def test_an_epoch_is_read_by_rows_too(tmp_path):
+    folder = make(tmp_path / "a", 1, 5)
+    parts = [[b["tokens"][:, 0].tolist() for b in loader.epoch_batches(folder, batch_size=4, rows=r)] for r in ((0, 1), (2, 3))]
+    assert parts == [[[1, 2], [5, 0]], [[3, 4], [0, 0]]]
 
 
 def test_every_epoch_has_each_row_once_in_its_own_order(tmp_path):
@@ -123,8 +139,9 @@ def test_a_wrong_mixture_is_named(tmp_path):
         loader.open_batches([(a, 1), (make(tmp_path / "long", 0, 2, row_length=8), 1)], **settings)
     with pytest.raises(ValueError, match="differ in tokenizer_sha256"):
         loader.open_batches([(a, 1), (make(tmp_path / "other", 0, 2, tokenizer="u"), 1)], **settings)
-    with pytest.raises(ValueError, match="batch_size=4 does not divide over 3 hosts"):
-        loader.open_batches([(a, 1)], **settings, host_index=0, host_count=3)
+    for rows in ((), (3, 4), (-1,)):
+        with pytest.raises(ValueError, match=r"rows \[.*\] are not rows of a batch of 4"):
+            loader.open_batches([(a, 1)], **settings, rows=rows)
 
 
 def test_importing_the_room_brings_in_neither_grain_nor_jax():

@@ -194,7 +194,7 @@ def test_a_lora_run_that_was_stopped_ends_like_the_straight_one(finished, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         sft.main(config, tmp_path / "run")
     monkeypatch.setattr(train, "heldout_loss", real)
-    assert checkpoint.Checkpoints(tmp_path / "run", config.checkpoint).latest_step() == 2
+    assert checkpoint.Checkpoints(tmp_path / "run", checkpoint.CheckpointConfig(**config.checkpoint)).latest_step() == 2
     with pytest.raises(ValueError, match=f"is half trained: step 2 of {result['steps']}"):
         checkpoint.open_model(tmp_path / "run")
     checkpoint.open_model(tmp_path / "run", unfinished=True)

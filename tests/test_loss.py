@@ -18,7 +18,7 @@ def written_out(hidden, head, targets, weights, z_loss):
 
 
 def chunked(hidden, head, targets, weights, chunk, z_loss):
-    loss, squares = chunked_cross_entropy(hidden, head, targets, weights, chunk, z_loss)
+    loss, squares, _ = chunked_cross_entropy(hidden, head, targets, weights, chunk, z_loss)
     return loss + z_loss * squares
 
 

@@ -15,7 +15,20 @@ from swallow_jax import checkpoint, hf, llama, mesh, optim, run, train
 from tests.helpers import FLOAT32, LLAMA31, model_logits, random_params
 
 SMALL = dataclasses.replace(LLAMA31, num_layers=2, vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8)
-TRAIN = train.TrainConfig(steps=8, micro_batches=1, loss_chunk=0, targets_per_row=0, eval_every=2, log_every=100)
+TRAIN = train.TrainConfig(
+    steps=8,
+    micro_batches=1,
+    loss_chunk=0,
+    targets_per_row=0,
+    z_loss=0.0,
+    grad_dtype="float32",
+    eval_every=2,
+    log_every=100,
+    per_source=False,
+    spike_ratio=0.0,
+    profile=(),
+    tensorboard=False,
+)
 OPTIM = optim.OptimConfig(
     learning_rate=1e-2,
     final_learning_rate=1e-3,

@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     c.data.batch_size = 8
     c.data.seed = 0
     c.train = ConfigDict({"steps": 4800, "micro_batches": 1, "loss_chunk": 0, "eval_every": 100, "log_every": 20})
+    c.train.update({"z_loss": 0.0, "grad_dtype": "float32"})
+    c.train.update({"per_source": False, "spike_ratio": 0.0, "profile": (), "tensorboard": False})
     c.optim = ConfigDict(
         {
             "learning_rate": 3e-3,
@@ -46,4 +48,5 @@ def get_config() -> ConfigDict:
         }
     )
     c.checkpoint = ConfigDict({"save_every": 100, "keep_last": 2, "keep_best": 0})
+    c.hosts = ConfigDict({"coordinator": ""})  # HOST:PORT where several processes make one run, "auto" on TPU pods
     return c

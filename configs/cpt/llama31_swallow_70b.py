@@ -1,8 +1,10 @@
 """Question: does the 70B teacher's own base gain from the finance corpus as the 8B does?
 
     python -m tools.plan --config=configs/cpt/llama31_swallow_70b.py --topology=v5p:4x4x4
+    python -m tools.plan --config=configs/cpt/llama31_swallow_70b.py:h200x1 --device=h200 --sample=128x1024 --int8
 
-As llama31_swallow_8b.py, on 64 chips with 64 rows a step. Answer: none yet, the run needs accelerators.
+As llama31_swallow_8b.py, on 64 chips with 64 rows a step. As a teacher it needs less: --sample plans that, with the meshes
+h200x1 (int8), v5p-8-sample and v5e-16-sample. Answer: none yet, the run needs accelerators.
 """
 
 from ml_collections import ConfigDict

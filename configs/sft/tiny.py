@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.init = "configs/base"
     c.init_unfinished = False
-    c.mesh, c.compute, c.optim, c.checkpoint = b.mesh, b.compute, b.optim, b.checkpoint
+    c.mesh, c.compute, c.optim, c.checkpoint, c.hosts = b.mesh, b.compute, b.optim, b.checkpoint, b.hosts
     c.data = ConfigDict()
     c.data.samples = "configs/prepare/tiny_data/chats.jsonl"
     c.data.heldout_samples = "configs/prepare/tiny_data/chats.jsonl"
@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     c.data.batch_size = 2
     c.data.seed = 0
     c.epochs = 3
-    c.train = ConfigDict({"micro_batches": 1, "loss_chunk": 0, "eval_every": 2, "log_every": 2})
+    c.train = b.train
+    del c.train.steps  # follows from the epochs
+    c.train.update({"eval_every": 2, "log_every": 2})
     c.optim.update({"learning_rate": 1e-3, "final_learning_rate": 1e-4, "schedule": "cosine", "warmup_steps": 1})
     c.checkpoint.update({"save_every": 2, "keep_last": 1, "keep_best": 1})
     return c

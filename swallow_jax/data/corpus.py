@@ -452,7 +452,9 @@ def pack(job: Job, tasks: list[Mapping[str, Any]], *, row_length: int, rows_per_
                 part = staging.read_arrays(job.part("tokens", task["number"], "npz"))  # document i is ids[ends[i] : ends[i + 1]]
                 for begin, end, held in zip(part["ends"][:-1], part["ends"][1:], part["held"], strict=True):
                     if held == wanted:
-                        contributed.setdefault(task["source"], Counter()).update(documents=1, tokens=int(end - begin))
+                        # Sources come one after the other, so where each begins tells of every row which one it is from.
+                        counts = contributed.setdefault(task["source"], Counter(first_row=writer.rows))
+                        counts.update(documents=1, tokens=int(end - begin))
                         yield part["ids"][begin:end]
 
         if not any((staging.read_arrays(job.part("tokens", task["number"], "npz"))["held"] == wanted).any() for task in tasks):

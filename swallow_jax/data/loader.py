@@ -1,13 +1,13 @@
 """Batches as a pure function of the step.
 
 Grain's MapDataset gives random access to an endless, shuffled, mixed stream of rows, so batch `step` is found without
-reading the batches before it, whatever the number of hosts. Host h of H holds rows h*B/H ... (h+1)*B/H of the global
-batch: joined in host order they are the same [B, T] arrays for every H.
+reading the batches before it, whatever the number of processes. A process asks for the rows of the global batch that its
+devices hold (`hosts.local_rows`): put in their places they are the same [B, T] arrays for any number of processes.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,31 +24,54 @@ def open_batches(
     batch_size: int,
     seed: int,
     start_step: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from `start_step` on, each {tokens, segments, positions, weights} of shape [B / hosts, T].
+    """Endless batches from `start_step` on, each {tokens, segments, positions, weights} of shape [len(rows), T].
 
     `mixture` lists (shard folder, integer weight): of every sum(weights) rows, exactly `weight` come from the folder.
-    Each folder is shuffled anew in every epoch. `batch_size` is the global B.
+    Each folder is shuffled anew in every epoch. `batch_size` is the global B, `rows` the part of each batch that is read (all).
     """
     import grain
 
-    if batch_size % host_count:
-        raise ValueError(f"batch_size={batch_size} does not divide over {host_count} hosts")
-    local = batch_size // host_count
-    rows = _row_stream(mixture, seed)
+    wanted = _wanted(rows, batch_size)
+    stream = _row_stream(mixture, seed)
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
-        first = step * batch_size + host_index * local
-        return collate([rows[first + i] for i in range(local)])
+        return collate([stream[step * batch_size + i] for i in wanted])
 
     # Threads only read ahead; the order of an IterDataset over a MapDataset is the index order.
-    steps = grain.MapDataset.range(start_step, len(rows) // batch_size).map(batch_at)
+    steps = grain.MapDataset.range(start_step, len(stream) // batch_size).map(batch_at)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def _row_stream(mixture: Mixture, seed: int):
+def _wanted(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+    if rows is None:
+        return range(batch_size)
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows {list(rows)} are not rows of a batch of {batch_size}")
+    return rows
+
+
+def row_places(mixture: Mixture, *, batch_size: int, seed: int) -> Callable[[int], list[tuple[int, int]]]:
+    """step -> (part of the mixture, row in its folder) for each row of that batch of `open_batches`; no row is read."""
+    stream = _row_stream(mixture, seed, lambda number, folder: _Places(number, shards.read_index(folder)["rows"]))
+    return lambda step: [stream[step * batch_size + i] for i in range(batch_size)]
+
+
+class _Places:
+    """Stands for the rows of a folder where only their numbers are wanted."""
+
+    def __init__(self, part: int, rows: int):
+        self.part, self.rows = part, rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        return self.part, int(i)
+
+
+def _row_stream(mixture: Mixture, seed: int, open_part=lambda _, folder: shards.open_shards(folder)):
     """MapDataset over the endless global sequence of rows; index n is the n-th row trained on."""
     import grain
 
@@ -57,7 +80,7 @@ def _row_stream(mixture: Mixture, seed: int):
     for number, (folder, _) in enumerate(mixture):
         # Own seed for each part, so that equal sizes do not mean equal permutations.
         part_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        source = grain.MapDataset.source(shards.open_shards(folder))
+        source = grain.MapDataset.source(open_part(number, folder))
         parts.append(source.seed(part_seed).shuffle().repeat())
     return grain.MapDataset.mix(parts, weights=[weight for _, weight in mixture])
 
@@ -82,13 +105,13 @@ def mixture_sha256(mixture: Mixture) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def epoch_batches(folder: str | Path, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Every row once, in order; the last batch is filled up with empty rows (segments and weights 0)."""
-    rows = shards.open_shards(folder)
-    for first in range(0, len(rows), batch_size):
-        chunk = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
-        empty = Row(*(np.zeros_like(column) for column in chunk[0]))
-        yield collate(chunk + [empty] * (batch_size - len(chunk)))
+def epoch_batches(folder: str | Path, *, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """Every row once, in order; the last batch is filled up with empty rows (segments and weights 0). `rows` as above."""
+    stored = shards.open_shards(folder)
+    wanted = _wanted(rows, batch_size)
+    for first in range(0, len(stored), batch_size):
+        empty = Row(*(np.zeros_like(column) for column in stored[first]))
+        yield collate([stored[first + i] if first + i < len(stored) else empty for i in wanted])
 
 
 def collate(rows: Sequence[Row]) -> dict[str, np.ndarray]:

@@ -2,13 +2,13 @@
 
     python -m tools.bench load --size=tiny --peer=cp
 
-names: load, sample, prepare, synthesize (each has its own --help).
+names: load, sample, prepare, synthesize, train (each has its own --help).
 """
 
 import importlib
 import sys
 
-NAMES = ("load", "sample", "prepare", "synthesize")
+NAMES = ("load", "sample", "prepare", "synthesize", "train")
 
 
 def main(argv: list[str]) -> int:
