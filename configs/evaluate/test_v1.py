@@ -4,6 +4,8 @@
 
 Thresholds and calibration come from dev_v1; four-choice questions and bits per byte say what CPT added and cost; transcripts are
 disturbed in four ways. With another argument, such as :runs/mine, the models of that demo folder; with :baselines, no model.
+:runs/demo,FILE adds an endpoint from its recorded answers (responses_*.jsonl of configs/evaluate/gpt4o.py), without network; what
+was recorded holds no disturbed transcripts, so these are left out then.
 """
 
 from ml_collections import ConfigDict
@@ -25,10 +27,11 @@ def robustness(language: str) -> ConfigDict:
 
 
 def get_config(runs: str = "runs/demo") -> ConfigDict:
+    runs, _, recorded = runs.partition(",")
     c = tiny.get_config() if runs == "baselines" else demo.get_config(runs=runs)
     c.test_set = "v1"
     c.operating = operating()
-    c.robustness = robustness("ja")
+    c.robustness = None if recorded else robustness("ja")
     if runs == "baselines":
         c.models = (*c.models, {"name": "n-grams", "kind": "ngrams", "seed": 0, "settings": tiny.ngram_settings()})
         c.comparisons = (*c.comparisons, {"a": "n-grams", "b": "keywords", "metric": "exact_category"})
@@ -36,4 +39,8 @@ def get_config(runs: str = "runs/demo") -> ConfigDict:
     c.questions = knowledge.questions()
     c.slices = knowledge.SLICES
     c.kept = knowledge.kept("base + SFT", "base + CPT + SFT")
+    if recorded:
+        asking = demo.endpoint_entry("", "")["asking"]
+        c.models = (*c.models, {"name": "endpoint", "kind": "recorded", "seed": 0, "path": recorded, "asking": asking})
+        c.comparisons = (*c.comparisons, {"a": "base + CPT + SFT", "b": "endpoint", "metric": "exact_category"})
     return c
