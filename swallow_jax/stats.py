@@ -34,6 +34,37 @@ def wilson(k: float, n: int, level: float = 0.95) -> tuple[float, float]:
     return (0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half)
 
 
+def hypergeometric_interval(k: int, n: int, population: int, level: float = 0.95) -> tuple[int, int]:
+    """Exact interval of how many of a finite population have a property, when k of n drawn without replacement have it.
+
+    Both tails inverted (Buonaccorsi 1987), so the coverage is at least `level`; at n = population it is k alone.
+    """
+    if not 0 <= k <= n <= population or n < 1:
+        raise ValueError(f"hypergeometric_interval needs 0 <= k <= n <= population and n >= 1, got {k}, {n}, {population}")
+
+    def tail(low: int, high: int, total: int) -> float:
+        """P(low <= K <= high) when `total` of the population have it."""
+        x = np.arange(max(low, n - (population - total)), min(high, total) + 1)
+
+        def log_choose(a, b):
+            return special.gammaln(a + 1) - special.gammaln(b + 1) - special.gammaln(a - b + 1)
+
+        logs = log_choose(total, x) + log_choose(population - total, n - x) - log_choose(population, n)
+        return float(np.exp(logs).sum())
+
+    def first(fits, start: int, stop: int) -> int:
+        while start < stop:
+            middle = (start + stop) // 2
+            start, stop = (start, middle) if fits(middle) else (middle + 1, stop)
+        return start
+
+    # A hair of room for rounding: a bound must not be lost to the last bit of a sum of a thousand terms.
+    alpha, most = (1 - level) / 2 * (1 - 1e-9), population - (n - k)
+    low = first(lambda total: tail(k, n, total) > alpha, k, most)
+    high = first(lambda total: tail(0, k, total) <= alpha, low, most + 1) - 1
+    return low, high
+
+
 def pair_sums(values_SI: np.ndarray, pairs: Sequence[str]) -> np.ndarray:
     """Sum the items of each pair: `[S, I]` -> `[S, P]`, pairs in order of first appearance."""
     values_SI = np.asarray(values_SI, dtype=np.float64)

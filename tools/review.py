@@ -2,11 +2,15 @@
 
     python -m tools.review export --run=runs/prepare/finance --out=decisions.xlsx --rows=200 --seed=0
     python -m tools.review import --run=runs/prepare/finance --file=decisions.xlsx
+    python -m tools.review import --run=checked/verdicts.jsonl --file=decisions_verdicts_sato.jsonl
 
 Export draws half from what was kept and half from what was dropped, evenly over the rules. Experts write keep or drop (残す or
 除く) into the column `expert` of every row that they judge. Import writes review.json (disagreement by rule, shown on the run's
 report.html) and corrections.jsonl into the run's folder; `--config.corpus.corrections=RUN/corrections.jsonl` of the next
 experiments.prepare obeys them. CSV files are UTF-8 with a mark, as Excel writes and reads them; CP932 is read too.
+
+Of tools.check, what goes out is its page (--html) and what comes back the page's download, one reviewer's after the other's:
+verdicts.gold.jsonl, verdicts.trail.jsonl (who, when, why, what was predicted) and verdicts.review.json stand beside the verdicts.
 """
 
 import csv
@@ -21,7 +25,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import corpus_page, door
-from swallow_jax import run, stats
+from swallow_jax import audit, check, run, stats
 from swallow_jax.data import readers, staging
 from swallow_jax.synth import review
 
@@ -41,13 +45,14 @@ class Kind(NamedTuple):
     columns: tuple[str, ...]
     draw: Callable[[Path, int, int], Rows]
     judge: Callable[[Path, Rows], dict[str, Any]]
+    read: Callable[[Path], Rows] | None = None  # what comes back, where it is no table of `columns`
 
 
 def main() -> dict[str, Any]:
     """Run the subcommand; returns what was drawn or what the experts said."""
     folder = Path(_RUN.value or "")
-    if not _RUN.value or not folder.is_dir():
-        raise ValueError(f"--run={_RUN.value}: a run folder is wanted; --help shows an example")
+    if not _RUN.value or not folder.exists():
+        raise ValueError(f"--run={_RUN.value}: a run folder is wanted, or a file of verdicts; --help shows an example")
     kind = next((kind for kind in KINDS.values() if kind.is_at(folder)), None)
     if kind is None:
         raise ValueError(f"{folder} holds nothing to review; known are folders of a finished {', '.join(KINDS)}")
@@ -59,15 +64,18 @@ def main() -> dict[str, Any]:
         return {"rows": len(rows), "decisions": dict(Counter(row["decision"] for row in rows)), "file": _OUT.value}
     if not _FILE.value:
         raise ValueError("--file is wanted: the table that the experts filled in")
-    return kind.judge(folder, read_table(Path(_FILE.value), kind.columns))
+    if not Path(_FILE.value).is_file():
+        raise FileNotFoundError(f"--file={_FILE.value} does not exist; name what the experts gave back")
+    rows = kind.read(Path(_FILE.value)) if kind.read else read_table(Path(_FILE.value), kind.columns)
+    return kind.judge(folder, rows)
 
 
 # Tables
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """CSV or Excel. A cell that begins like a formula gets an apostrophe: a corpus must not run in a spreadsheet."""
-    table = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    """CSV or Excel; nothing of a corpus runs in a spreadsheet."""
+    table = [[check.spreadsheet_cell(row.get(column, "")) for column in columns] for row in rows]
     if path.suffix == ".csv":
         out = io.StringIO()
         csv.writer(out, lineterminator="\r\n").writerows([columns, *table])
@@ -85,11 +93,6 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any
         run.write_bytes(path, out.getvalue())
     else:
         raise ValueError(f"--out={path}: .csv or .xlsx is wanted")
-
-
-def _cell(value: Any) -> str:
-    text = "".join(char for char in str(value) if char >= " " or char in "\n\t")
-    return f"'{text}" if text[:1] in tuple("=+-@\t") else text
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Rows:
@@ -116,6 +119,13 @@ def answers(rows: Rows) -> Rows:
         if word:
             judged.append(row | {"expert": _ANSWERS[word]})
     return judged
+
+
+# Verdicts
+
+
+def no_table(verdicts: Path, count: int, seed: int) -> Rows:
+    raise ValueError(f"{verdicts}: verdicts are decided on the review page; the same tools.check with --html=PAGE writes it")
 
 
 # Corpora
@@ -197,6 +207,7 @@ KINDS = {
         judge=judge_documents,
     ),
     "experiments.synthesize": Kind(is_at=review.is_at, columns=review.COLUMNS, draw=review.draw, judge=review.judge),
+    "tools.check": Kind(is_at=audit.is_at, columns=(), draw=no_table, judge=audit.judge, read=audit.read_decisions),
 }
 COMMAND: list[str] = []
 
