@@ -7,7 +7,7 @@ per-category figures, calibration, thresholds, costs). A killed evaluation goes 
 
     task, test_set      task folder; one of its test sets by name, or a dev set as dev:NAME
     training            conversation files that the constant and n-gram baselines learn from
-    asking              mode 'labels' or 'generate', prompt, normalise, max_new_tokens; most_labels?, window?
+    asking              mode 'labels' or 'generate', prompt, normalise, max_new_tokens; most_labels?, window?, shots?
     engine              dtype, attention, slots, max_length, chunk, tokens_per_batch of the models run here (hf, run)
     models              a tuple of {name, kind, seed, ...}; rows of one name with several seeds are one arm. Kinds:
                         constant {metric} | keywords | ngrams {settings} | hf, run {path, tokenizer?} | endpoint, recorded
@@ -194,7 +194,7 @@ def workload(settings: Settings, task: Task, conversations: list) -> list[Piece]
             rows = robustness.perturbed(conversations, kind, task.speakers[0], material, settings.robustness)
             work.append(Piece("task", f"{settings.test_set}, {kind}", f"predictions_{kind}.jsonl", rows))
     for file in settings.questions.files if settings.questions else ():
-        work.append(Piece("questions", Path(file).stem, "questions.jsonl", knowledge.read_questions(file)))
+        work.append(Piece("questions", knowledge.set_name(file), "questions.jsonl", knowledge.read_questions(file)))
     for file in settings.slices:
         work.append(Piece("slice", Path(file).stem, "slices.jsonl", knowledge.read_slice(file)))
     return work
@@ -340,6 +340,9 @@ def input_files(settings: Settings, task: Task, test_set: Path) -> dict[str, str
     """Where the config names a file or folder -> which; all are looked for before anything is asked."""
     files = {"config.test_set": test_set}
     files |= {f"config.training[{number}]": file for number, file in enumerate(settings.training)}
+    askings = {"config.asking": settings.asking.shots}
+    askings |= {f"config.models {title(e)!r} asking": e["asking"].get("shots") for e in settings.models if "asking" in e}
+    files |= {f"{where}.shots": file for where, file in askings.items() if file}
     files |= {f"config.models {title(e)!r}": e["path"] for e in settings.models if e["kind"] in ("hf", "run", "recorded")}
     if settings.operating:
         files["config.operating.dev_set"] = set_path(task, settings.operating.dev_set)

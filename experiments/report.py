@@ -5,13 +5,21 @@
 Reads the folders its config names and writes only its own. The page needs no network; open `index.html` in any browser. Config
 fields: title, introduction, evaluations, example_model, training, data, stages, quotation, limits, own_data, browser, versions
 (see swallow_jax.report.Sections); an empty one leaves its section out.
+
+    python -m experiments.report --lineage="runs/demo/report#base + SFT"
+    python -m experiments.report --remake=runs/demo/cpt
+
+--lineage prints the tree behind a run folder, or behind one model's rows of its table, down to the documents, and what has
+changed since. --remake runs a folder's program again beside it, from its own config and the same inputs, and compares hashes.
 """
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from experiments import door
-from swallow_jax import page, report, run, versions
+from swallow_jax import lineage, page, report, run, versions
 
 
 def main(config: Any, workdir: Path) -> dict[str, Any]:
@@ -72,5 +80,32 @@ def main(config: Any, workdir: Path) -> dict[str, Any]:
     return job.result
 
 
+def trace(given: str) -> dict[str, Any]:
+    """Print the tree behind FOLDER or FOLDER#MODEL; returns its counts, and which inputs have changed or are gone."""
+    folder, model = lineage.split_row(given)
+    tree = lineage.trace(folder, model)
+    print("\n".join(lineage.lines(tree, model)), flush=True)
+    return lineage.summary(tree)
+
+
+def remake(folder: str) -> dict[str, Any]:
+    """Run a folder's program once more and compare; returns {"equal", "compared", "differs", ...}."""
+    from ml_collections import ConfigDict
+
+    def make(program: str, config: dict[str, Any], workdir: Path) -> None:
+        if program == "prepare":  # how many processes did the work is no part of what was made, and not in config.json
+            config["engine"] = door.load_config("configs/prepare/tiny.py").engine.to_dict()
+        importlib.import_module(f"experiments.{program}").main(ConfigDict(config).lock(), workdir)
+
+    return lineage.remake(folder, make)
+
+
 if __name__ == "__main__":
-    door.launch(main, __doc__)
+    if any(argument.lstrip("-").startswith(("lineage", "remake")) for argument in sys.argv[1:]):
+        from absl import flags
+
+        tree = flags.DEFINE_string("lineage", None, "FOLDER or FOLDER#MODEL whose tree is printed")
+        again = flags.DEFINE_string("remake", None, "run folder to make once more and compare")
+        door.tool(lambda: trace(tree.value) if tree.value else remake(again.value), __doc__)
+    else:
+        door.launch(main, __doc__)

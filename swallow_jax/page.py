@@ -190,6 +190,8 @@ def _evaluation_parts(evaluation: report.Evaluation, found: Sequence[Mapping[str
     if not arm_sets(evaluation):
         parts += [h("h3", "Recall by category"), recall_table(evaluation)]
     parts += [h("h3", "Precision, recall and F1 by category"), f1_table(evaluation)]
+    if rows := report.noise_rows(evaluation):
+        parts += [h("h3", "Noise of seeds and of items, apart"), table(report.NOISE_HEADER, rows)]
     header, rows = report.load_rows(evaluation)
     if rows:
         note = "Thresholds and calibration come from the dev set alone; figures are those of the test set."

@@ -128,6 +128,22 @@ def comparison_rows(evaluation: Evaluation) -> list[list[str]]:
     return rows
 
 
+NOISE_HEADER = ["model", "seeds", "mean %", "by seed %", "sd of seeds pp", "95 % of seeds (t)", "standard error of items pp"]
+
+
+def noise_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Noise of training and noise of the choice of items, apart: one row for each arm of several seeds, primary metric.
+
+    The standard error over items keeps the seeds and draws the pairs anew; the deviation over seeds keeps the items.
+    """
+    found = [evaluation.value(arm["model"], evaluation.primary) for arm in evaluation.details["arms"]]
+    return [
+        [row["model"], str(len(row["seeds"])), percent(row["value"]), " ".join(percent(seed["value"]) for seed in row["by_seed"]),
+         percent(row["sd_seeds"]), interval(row["ci95_seeds"]), percent(row["se_items"])]
+        for row in found if "by_seed" in row
+    ]  # fmt: skip
+
+
 def kept_sentences(evaluation: Evaluation) -> list[str]:
     """The verdicts on what an adaptation cost, one sentence for each declaration."""
     return [row["sentence"] for row in evaluation.paired if "sentence" in row]
@@ -360,8 +376,10 @@ def comparisons_text(evaluations: Sequence[Evaluation]) -> str:
 
 
 def more_text(evaluation: Evaluation) -> str:
-    """What the two tables leave out: thresholds, knowledge and forgetting, flip rates, the ranking; "" for none."""
+    """What the two tables leave out: noise, thresholds, knowledge and forgetting, flip rates, the ranking; "" for none."""
     parts = []
+    if rows := noise_rows(evaluation):
+        parts.append(text_table(NOISE_HEADER, rows))
     header, rows = load_rows(evaluation)
     if rows:
         parts.append(text_table(header, rows))

@@ -1,10 +1,12 @@
-"""What a model knows beside the task: four-choice questions, bits per byte on held-out slices, and what an adaptation cost.
+"""What a model knows beside the task: multiple-choice questions, bits per byte on held-out slices, and what an adaptation cost.
 
 Rows have the form of predictions (`conversation_id` is the id of a question or document), so that they are kept and resumed in
 the same way. A verdict on forgetting needs a margin, written in the config before the run.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,21 +22,21 @@ ACCURACY, BITS = "choice_accuracy", "bits_per_byte"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Questions:
-    """`prompt` has {question} and {choices}; `answers` are what is scored for the four choices, or () for their own texts."""
+    """`prompt` has {question} and {choices}; `answers` are what is scored for the choices, or () for their own texts."""
 
     files: tuple[str, ...]
     prompt: str
     choice: str  # one line of {choices}, with {answer} and {text}; "" leaves them out
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # A to F, say, of which a question with four choices takes the first four
     chat: bool  # as a user's message; otherwise as plain text that goes on, for base models
     normalise: str  # 'sum' of log-probabilities, or their 'mean' by token where the answers are texts of unequal length
 
     def __post_init__(self):
         if "{question}" not in self.prompt or self.normalise not in ("sum", "mean"):
             raise ValueError("config.questions: prompt needs {question}, normalise is 'sum' or 'mean'")
-        if len(self.answers) not in (0, 4):
+        if 0 < len(self.answers) < 4:
             raise ValueError(
-                f"config.questions.answers has {len(self.answers)} entries; write four, or none for the choices' texts"
+                f"config.questions.answers has {len(self.answers)} entries; write four or more, or none for the choices' texts"
             )
 
 
@@ -53,8 +55,16 @@ class Kept:
             raise ValueError(f"config.kept: metric {self.metric!r} is {ACCURACY} or {BITS}, margin {self.margin} is above 0")
 
 
+def set_name(path: str | Path) -> str:
+    """What a file of questions is called in the results: its stem, or its folder where that says more (pfnet's data.json)."""
+    path = Path(path)
+    return path.parent.name if path.name == "data.json" else path.stem
+
+
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Questions of a JSONL file, each checked; ValueError names file, line and remedy."""
+    """Questions of our JSONL, four choices each, or of pfnet's files; each checked, ValueError names file, line and remedy."""
+    if Path(path).suffix in (".json", ".xlsx"):
+        return _some(_pfnet(Path(path)), path)
     rows, seen = [], set()
     for number, row in run.numbered_jsonl(path):
         choices, answer = row.get("choices"), row.get("answer")
@@ -69,6 +79,68 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
         seen.add(row["id"])
         rows.append(row | {"conversation_id": row["id"]})
     return _some(rows, path)
+
+
+# The multiple-choice sets of the Japanese LM Financial Evaluation Harness (pfnet-research/japanese-lm-fin-harness), folder
+# jlm_fin_eval/datasets of a local copy: cma_basics, fp2 and security_sales_1 are a data.json each, {"data": [{"id", "question",
+# "context", "choices": [{"id", "text"}], "answer": the id of the right choice, "comment"}]}, of two choices or more.
+# cpa/CPA_AUDIT.xlsx is a table with the columns question, ア to カ (statements), 1 to 6 (choices), a_no (number of the right one)
+# and abnormal_flg (1: left out, as they do). Their licences and sources stand in that repository; nothing of them is kept here.
+
+
+def _pfnet(path: Path) -> list[dict[str, Any]]:
+    rows, seen = [], set()
+    for where, row in _pfnet_json(path) if path.suffix == ".json" else _pfnet_table(path):
+        texts = [choice.get("text") if isinstance(choice, dict) else None for choice in row["choices"]]
+        ids = [choice.get("id") if isinstance(choice, dict) else None for choice in row["choices"]]
+        if not isinstance(row["question"], str) or not row["question"].strip():
+            raise ValueError(f"{path}: {where}: 'question' is {row['question']!r}; text is wanted")
+        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts) or len(set(ids)) < len(ids):
+            raise ValueError(f"{path}: {where}: 'choices' must be two or more {{id, text}} with ids of their own")
+        if row["answer"] not in ids:
+            raise ValueError(f"{path}: {where}: the answer {row['answer']!r} is the id of no choice; there are {ids}")
+        if row["id"] in seen:
+            raise ValueError(f"{path}: {where}: the id {row['id']!r} stands twice; ids must be unique")
+        seen.add(row["id"])
+        name = f"{set_name(path)}-{row['id']}"
+        question = "\n".join(filter(None, [row["question"], row.get("context")]))
+        rows.append({"id": name, "conversation_id": name, "question": question, "choices": texts,
+                     "answer": ids.index(row["answer"])})  # fmt: skip
+    return rows
+
+
+def _pfnet_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy it again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise ValueError(f"{path}: no list 'data'; a file of pfnet's is {{'data': [question, ...]}}, ours is JSONL")
+    for number, row in enumerate(content["data"], 1):
+        where = f"question {number}"
+        if not isinstance(row, dict) or not isinstance(row.get("choices"), list) or not {"id", "question", "answer"} <= set(row):
+            raise ValueError(f"{path}: {where} lacks one of id, question, choices, answer; copy the file again")
+        yield where, row
+
+
+def _pfnet_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import openpyxl
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: reading a workbook needs openpyxl: pip install 'swallow_jax[data]'") from None
+    with contextlib.closing(openpyxl.load_workbook(path, read_only=True)) as book:
+        header, *lines = ([*row] for row in book.active.iter_rows(values_only=True))
+    header = [str(cell) for cell in header]
+    if missing := {"question", "a_no", "abnormal_flg", "1", "2"} - set(header):
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; pfnet's table has question, ア to カ, 1 to 6, a_no")
+    for number, line in enumerate(lines, 2):
+        cells = dict(zip(header, line, strict=False))
+        if cells["question"] is None or cells["abnormal_flg"] == 1:
+            continue
+        said = [f"{mark}: {cells[mark]}" for mark in "アイウエオカ" if cells.get(mark) is not None]
+        choices = [{"id": n, "text": str(cells[str(n)])} for n in range(1, 7) if cells.get(str(n)) is not None]
+        yield f"row {number}", {"id": number, "question": str(cells["question"]), "context": "\n".join(said), "choices": choices,
+                                "answer": cells["a_no"]}  # fmt: skip
 
 
 def read_slice(path: str | Path) -> list[dict[str, Any]]:
@@ -88,11 +160,13 @@ def _some(rows: list, path: str | Path) -> list:
 
 
 def ask_questions(questions: Sequence[Mapping[str, Any]], backend: Any, settings: Questions) -> Iterator[dict[str, Any]]:
-    """A row without names for each question: gold and pred as numbers of choices, and the probabilities of the four."""
+    """A row without names for each question: gold and pred as numbers of choices, and their probabilities."""
     from swallow_jax.generate import backends
 
     def request(question: Mapping[str, Any]) -> Any:
-        answers = settings.answers or tuple(question["choices"])
+        if settings.answers and len(settings.answers) < len(question["choices"]):
+            raise ValueError(f"{question['id']} has {len(question['choices'])} choices; add letters to config.questions.answers")
+        answers = settings.answers[: len(question["choices"])] or tuple(question["choices"])
         lines = [
             settings.choice.format(answer=answer, text=text) for answer, text in zip(answers, question["choices"], strict=True)
         ]

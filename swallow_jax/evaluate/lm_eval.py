@@ -93,20 +93,22 @@ def adapter(
             return sums
 
         def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-            """Continuations of one context are one question, so that the context is computed once."""
-            places: dict[tuple[int, ...], list[int]] = {}
+            """Continuations of one context are one question, so that the context is computed once. Not where they are the longer
+            part: those of one question are padded to the longest, and behind BOS alone stand a whole corpus's texts."""
+            places: dict[tuple[tuple[int, ...], int | None], list[int]] = {}
             for number, (_, context, continuation) in enumerate(requests):
                 if not continuation or len(continuation) >= self.max_length:
                     raise ValueError(
                         f"a continuation of {len(continuation)} tokens; 1 to {self.max_length - 1} are wanted (raise max_length)"
                     )
                 kept = context[max(0, len(context) + len(continuation) - self.max_length) :]
-                places.setdefault(tuple(kept), []).append(number)
-            # Longest first: what does not fit is told at once, and the estimate of the time left is never too low.
-            contexts = sorted(places, key=len, reverse=True)
+                alone = number if len(continuation) > len(kept) else None
+                places.setdefault((tuple(kept), alone), []).append(number)
+            # Longest first: what does not fit in memory is told at once, and the estimate of the time left is never too low.
+            groups = sorted(places, key=lambda group: -len(group[0]))
             questions = (
-                Question(name=context, context_ids=context, continuations=[requests[n][2] for n in places[context]])
-                for context in contexts
+                Question(name=group, context_ids=group[0], continuations=[requests[n][2] for n in places[group]])
+                for group in groups
             )
             found: list[Any] = [None] * len(requests)
             with tqdm(total=len(requests), desc="scoring", disable=disable_tqdm) as bar:

@@ -18,8 +18,10 @@ from swallow_jax import run
 from swallow_jax.evaluate import answers, metrics, windows
 from swallow_jax.evaluate.answers import label_ids
 from swallow_jax.evaluate.windows import Answer
+from swallow_jax.task import read_conversations
 
-__all__ = ["Asking", "PredictionLog", "evaluate", "gold_label", "label_ids", "pair_ids", "prediction", "tokenizer_of"]
+__all__ = ["Asking", "PredictionLog", "evaluate", "gold_label", "label_ids", "messages", "pair_ids", "prediction", "read_shots",
+           "tokenizer_of"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Asking:
     max_new_tokens: int  # generate only
     most_labels: int | None = None  # labels mode, policy 'multi': the longest answer that is scored; None: all categories
     window: windows.Window | None = None  # how long conversations are cut; None: they must fit
+    shots: str | None = None  # a JSONL file of conversations, shown with their answers as earlier turns of the chat
 
     def __post_init__(self):
         if self.mode not in ("labels", "generate"):
@@ -134,14 +137,16 @@ def evaluate(
     left = out.missing(conversations, model=model, test_set=test_set, seed=seed)
     parts: dict[str, dict[int, Answer | None]] = {}
     pieces, by_id = [], {c["conversation_id"]: c for c in left}
+    shots = read_shots(task, asking, conversations)
     for conversation in left:
-        spans = _spans(task, conversation, backend, asking)
+        spans = _spans(task, conversation, backend, asking, shots)
         parts[conversation["conversation_id"]] = {start: None for start, _ in spans}
         pieces += [(start, {**conversation, "turns": conversation["turns"][start:stop]}) for start, stop in spans]
     counts: dict[str, int | None] = {"prompt_tokens": 0, "completion_tokens": 0}
     ask = _scored if asking.mode == "labels" else _generated
     names = {"model": model, "test_set": test_set, "seed": seed, "several": task.label_policy == "multi"}
-    for (start, piece), answer in ask(task, pieces, backend, seed, asking, counts):
+    asked = [messages(task, piece, asking, shots) for _, piece in pieces]
+    for (start, piece), answer in ask(task, pieces, asked, backend, seed, asking, counts):
         given = parts[piece["conversation_id"]]
         given[start] = answer
         if None not in given.values():
@@ -154,39 +159,60 @@ def evaluate(
     return {"asked": len(left), "kept": len(conversations) - len(left), "seconds": seconds, **counts}
 
 
+def read_shots(task: Any, asking: Asking, conversations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The examples that `asking.shots` names, none for None; ValueError where one of them is itself asked about."""
+    if asking.shots is None:
+        return []
+    shots = read_conversations(asking.shots, task)
+    for shot in shots:
+        if same := [c["conversation_id"] for c in conversations if c["turns"] == shot["turns"]]:
+            raise ValueError(f"{asking.shots} shows {same[0]!r} with its answer, which is asked for; take it out of the examples")
+    return shots
+
+
+def messages(
+    task: Any, conversation: Mapping[str, Any], asking: Asking, shots: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, str], ...]:
+    """The chat that asks about a conversation: the task's prompt, the examples before its question as question and answer."""
+    asked = task.prompt(conversation, asking.prompt)
+    earlier = (
+        (task.prompt(shot, asking.prompt)[-1], {"role": "assistant", "content": task.answer(shot["labels"])}) for shot in shots
+    )
+    return (*asked[:-1], *(message for pair in earlier for message in pair), asked[-1])
+
+
 def tokenizer_of(backend: Any) -> Any | None:
     """The tokenizer of a model in this process, also behind `record`; None of an endpoint or a file."""
     return getattr(backend, "tokenizer", None) or getattr(getattr(backend, "backend", None), "tokenizer", None)
 
 
-def _spans(task: Any, conversation: Mapping[str, Any], backend: Any, asking: Asking) -> list[tuple[int, int]]:
+def _spans(
+    task: Any, conversation: Mapping[str, Any], backend: Any, asking: Asking, shots: Sequence[Mapping[str, Any]]
+) -> list[tuple[int, int]]:
     if asking.window is None:
         return [(0, len(conversation["turns"]))]
-    return windows.cut(conversation, asking.window, _measure(task, backend, asking))
+    return windows.cut(conversation, asking.window, _measure(task, backend, asking, shots))
 
 
-def _measure(task: Any, backend: Any, asking: Asking) -> Callable[[Mapping[str, Any]], int]:
+def _measure(task: Any, backend: Any, asking: Asking, shots: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], int]:
     if asking.window.unit == "characters":
-        return lambda piece: sum(len(m["content"]) for m in task.prompt(piece, asking.prompt))
+        return lambda piece: sum(len(m["content"]) for m in messages(task, piece, asking, shots))
     tokenizer = tokenizer_of(backend)
     if tokenizer is None:
         raise ValueError(f"{backend.name} has no tokenizer here; count asking.window in 'characters'")
-    return lambda piece: len(tokenizer.render_chat(list(task.prompt(piece, asking.prompt)), add_generation_prompt=True))
+    return lambda piece: len(tokenizer.render_chat(list(messages(task, piece, asking, shots)), add_generation_prompt=True))
 
 
 Piece = tuple[int, Mapping[str, Any]]  # a window: the number of its first turn, and the conversation of its turns
 
 
 def _scored(
-    task: Any, pieces: Sequence[Piece], backend: Any, seed: int, asking: Asking, counts: dict
+    task: Any, pieces: Sequence[Piece], asked: Sequence[tuple], backend: Any, seed: int, asking: Asking, counts: dict
 ) -> Iterator[tuple[Piece, Answer]]:
     from swallow_jax.generate import backends
 
     sets, texts = answers.closed(task, asking.most_labels)
-    requests = [
-        backends.ScoreRequest(messages=tuple(task.prompt(piece, asking.prompt)), prompt=None, continuations=texts)
-        for _, piece in pieces
-    ]
+    requests = [backends.ScoreRequest(messages=chat, prompt=None, continuations=texts) for chat in asked]
     tokenizer = tokenizer_of(backend)
     for place, result in _answers(pieces, requests, backend.score):
         if any(map(math.isnan, result.logprobs)) or not math.isfinite(max(result.logprobs)):
@@ -205,15 +231,15 @@ def _scored(
 
 
 def _generated(
-    task: Any, pieces: Sequence[Piece], backend: Any, seed: int, asking: Asking, counts: dict
+    task: Any, pieces: Sequence[Piece], asked: Sequence[tuple], backend: Any, seed: int, asking: Asking, counts: dict
 ) -> Iterator[tuple[Piece, Answer]]:
     from swallow_jax.generate import backends
 
     # Greedy: a verdict should not depend on a draw; the seed only names the run.
     requests = [
-        backends.Request(messages=tuple(task.prompt(piece, asking.prompt)), prompt=None, max_new_tokens=asking.max_new_tokens,
-                         temperature=0.0, top_k=0, top_p=1.0, seed=seed, stop=())
-        for _, piece in pieces
+        backends.Request(messages=chat, prompt=None, max_new_tokens=asking.max_new_tokens, temperature=0.0, top_k=0, top_p=1.0,
+                         seed=seed, stop=())
+        for chat in asked
     ]  # fmt: skip
     for place, result in _answers(pieces, requests, backend.generate):
         counts["prompt_tokens"] += result.prompt_tokens
