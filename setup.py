@@ -49,6 +49,9 @@ EXTRAS = {
     "ray": ["ray>=2.40"],  # text processing on more than one machine
     "bench": ["datasketch>=1.6", "hojichar>=0.18"],  # the peers of `tools.bench prepare`
     "serve": ["starlette>=0.45", "uvicorn>=0.34"],
+    "slurm": ["submitit>=1.5"],
+    "bucket": ["gcsfs>=2025.3", "google-cloud-storage>=3"],  # checkpoints on gs://
+    "watch": ["tensorboardX>=2.6"],
     "teacher": ["openai>=2.0"],
     "notebooks": ["jupytext>=1.17", "matplotlib>=3.10", "matplotlib-fontja>=1.1", "nbmake>=1.5"],
     "baselines": ["scikit-learn>=1.6"],  # the character n-gram arm of an evaluation
@@ -59,12 +62,18 @@ EXTRAS = {
         "gguf>=0.17",
         "httpx>=0.27",
         "hypothesis>=6.100",
+        "matplotlib>=3.10",
+        "matplotlib-fontja>=1.1",
         "openai>=2.0",
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "packaging>=24",
         "ruff==0.17.6",
         "scikit-learn>=1.6",
         "starlette>=0.45",
         "statsmodels>=0.14",
+        "submitit>=1.5",
+        "tensorboardX>=2.6",
         "uvicorn>=0.34",
         "websockets>=14",
         *DATA,

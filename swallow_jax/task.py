@@ -13,6 +13,7 @@ one; an empty list means compliant, and the compliant label's id is None everywh
 
 import dataclasses
 import datetime
+import os
 import pathlib
 import re
 import unicodedata
@@ -273,8 +274,8 @@ def load_task(folder: str | pathlib.Path) -> Task:
                 door.fail(f"keywords.{label_id}[{i}]", f"is {phrase!r}", "put it in quotes: it must be text")
     attributes = _attributes(door, len(categories))
     prompts = {
-        name: _template(door, f"prompts.{name}", folder / file, {*_PLACEHOLDERS, *attributes})
-        for name, file in door.mapping("prompts", str).items()
+        name: _template(door, f"prompts.{name}", file, {*_PLACEHOLDERS, *attributes})
+        for name, file in door.files("prompts").items()
     }
     default_prompt = door.choice("default_prompt", tuple(prompts))
     if "user" not in prompts[default_prompt]:
@@ -302,8 +303,8 @@ def load_task(folder: str | pathlib.Path) -> Task:
         constraints=_constraints(door, attributes),
         personas=_personas(door, folder),
         metric=metric,
-        test_sets={k: folder / v for k, v in door.mapping("test_sets", str).items()},
-        dev_sets={k: folder / v for k, v in door.mapping("dev_sets", str, {}).items()},
+        test_sets=door.files("test_sets"),
+        dev_sets=door.files("dev_sets", {}),
         labels_may_occur=door.flag("labels_may_occur", False),
         meta_talk=door.strings("meta_talk", []),
         same_matter=tuple(tuple(group.split()) for group in door.strings("same_matter", [])),
@@ -455,6 +456,16 @@ class _Door:
         if not isinstance(value, kind) or (kind is str and not value.strip()):
             self.fail(field, f"is {value!r}", f"it must be {_KIND[kind]}")
         return value
+
+    def files(self, field: str, default: Any = None) -> dict[str, pathlib.Path]:
+        """Files by name. They lie in the task's folder: a stranger's task must not make a program read or write elsewhere."""
+        found = {}
+        for name, file in self.mapping(field, str, default).items():
+            parts = pathlib.PurePath(os.path.normpath(file)).parts
+            if pathlib.PurePath(file).is_absolute() or parts[:1] == ("..",):
+                self.fail(f"{field}.{name}", f"is {file!r}", "name a file inside the task's folder")
+            found[name] = self.path.parent / file
+        return found
 
     def flag(self, field: str, default: bool) -> bool:
         self.taken.add(field)

@@ -75,7 +75,7 @@ def test_its_run_is_cut_as_a_saved_run_is(tmp_path, monkeypatch):
 
 def test_unknown_names_are_told():
     done = subprocess.run([sys.executable, "-m", "tools.bench", "lod"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr == "error: no benchmark 'lod'; known: load, sample, prepare, synthesize\n"
+    assert done.returncode == 2 and done.stderr == "error: no benchmark 'lod'; known: load, sample, prepare, synthesize, train\n"
     assert (
         "tools.bench load"
         in subprocess.run([sys.executable, "-m", "tools.bench", "--help"], capture_output=True, text=True).stdout

@@ -123,7 +123,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(config, tmp_path):
     assert "asked to stop: saved step" in out
 
 
-@pytest.mark.parametrize("program", ["prepare", "cpt", "synthesize", "sft", "evaluate", "report", "pipeline"])
+@pytest.mark.parametrize("program", ["prepare", "cpt", "synthesize", "sft", "evaluate", "report", "pipeline", "sweep"])
 def test_help_comes_with_an_example(program):
     done = python("-m", f"experiments.{program}", "--help")
     assert done.returncode == 0 and f"python -m experiments.{program} --config=" in done.stdout, done.stderr

@@ -46,6 +46,13 @@ def test_the_reference_task_has_seven_categories_and_eight_distinct_labels_of_on
     assert all(category.legal_basis and category.definition for category in task.categories)
 
 
+@pytest.mark.parametrize("field", ["prompts", "test_sets", "dev_sets"])
+@pytest.mark.parametrize("outside", ["../other/file.jsonl", "/etc/passwd", "prompts/../../x.md"])
+def test_a_task_names_no_file_outside_its_folder(edited, field, outside):
+    with pytest.raises(ValueError, match=rf"task.yaml:\d+: field '{field}.stranger' is '{outside}'; name a file inside"):
+        task_lib.load_task(edited(lambda raw: raw[field].update(stranger=outside)))
+
+
 def test_every_label_text_is_read_back_as_its_label(task):
     for label_id in task.label_ids:
         assert task.parse_label(task.label_text(label_id)) == label_id

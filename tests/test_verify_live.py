@@ -116,6 +116,7 @@ def test_llama2_with_sentencepiece_agrees_in_weights_words_and_perplexity(tmp_pa
     assert result["max_rel_logit_diff"] <= 1e-4 and result["round_trip_bitwise"] and result["inv_freq_equal"]
     assert (result["tokenizer"], result["chat_template"], result["tied"]) == ("equal", "equal", False)
     assert result["perplexity_tokens"] == 1500 and result["perplexity"] > 1
+    assert 0 < abs(result["perplexity_int8"] / result["perplexity"] - 1) < 0.05
 
 
 def test_smollm2_from_its_gguf_file_passes_verify():

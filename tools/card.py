@@ -1,10 +1,20 @@
-"""What a model card says: base, method, data, teachers, evaluation and the terms that come with them."""
+"""What a model card says (base, method, data, teachers, evaluation, terms; tools.export writes it), and data cards.
+
+    python -m tools.export --run=runs/demo/cpt_sft_0 --out=runs/demo/model --scores=runs/demo/evaluate
+    python -m tools.card --data=runs/demo/prepare --out=runs/demo/corpus_card.md
+    python -m tools.card --data=runs/demo/synthesize --out=runs/demo/conversations_card.md
+
+A data card is made of the folder of experiments.prepare or .synthesize: what it holds, where that comes from and under which
+terms, what was left out and why, what was looked for of the test sets, and what it must not be used for.
+"""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from swallow_jax import run
 
 # Pattern of a licence's name or hub id -> what its owner asks of those who pass a derived model on.
 _TERMS = (
@@ -171,6 +181,93 @@ def text(manifest: Mapping[str, Any], *, scores: Sequence[Mapping[str, Any]], wa
     return "\n".join(parts).rstrip() + "\n"
 
 
+def data(folder: str | Path) -> str:
+    """The data card of a finished prepare or synthesize folder, in Markdown with the head that the Hugging Face hub reads."""
+    folder = Path(folder)
+    manifest, config = _read(folder / "manifest.json"), _read(folder / "config.json")
+    result = manifest.get("result") or {}
+    if "documents_in" not in result and "accepted_by_class" not in result:
+        raise ValueError(f"{folder} is no finished folder of experiments.prepare or experiments.synthesize")
+    sections = _conversations(folder, config, manifest, result) if "accepted" in result else _corpus(folder, config, result)
+    licences = manifest["licences"]
+    single = licences[0].lower() if len(licences) == 1 and re.fullmatch(r"[a-z0-9.-]+", licences[0].lower()) else "other"
+    named = [] if single != "other" else [f"license_name: {json.dumps(', '.join(licences) or 'not stated', ensure_ascii=False)}"]
+    parts = ["---", f"license: {single}", *named, "---", "", *sections]
+    if manifest.get("attributions"):
+        columns = ["source", "licence", "attribution"]
+        rows = [[row.get(c) for c in columns] for row in manifest["attributions"]]
+        parts += ["## Where the texts come from", "", *_table(columns, rows)]
+    if teachers := manifest.get("teachers"):
+        rows = [[t.get("model"), t.get("kind"), t.get("revision"), t.get("licence") or "not stated"] for t in teachers.values()]
+        parts += ["## Who wrote them", "", *_table(["teacher", "kind", "revision", "licence"], rows)]
+    parts += ["## Terms inherited", "", *_table(["licence", "what it asks"], [[name, _terms(name)] for name in licences])]
+    made = [
+        ["folder", str(folder)],
+        ["commit", manifest.get("git_commit") or "unknown"],
+        ["finished", manifest.get("finished_at")],
+        *([f"input {name}", f"`sha256 {entry['sha256'][:16]}`"] for name, entry in manifest["inputs"].items()),
+    ]
+    parts += ["## How it was made", "", "Runs again with `python -m experiments.report --remake=FOLDER`.", ""]
+    parts += _table(["", ""], made)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _corpus(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    report = _read(folder / "report.json")
+    what = config.get("corpus") or config.get("dialogues") or {}
+    rows = [
+        ["documents read", result["documents_in"]],
+        ["documents kept", result["kept"]],
+        ["tokens", result["tokens"]],
+        *([f"rows, {split}", count] for split, count in result["rows"].items()),
+        *([f"dropped: {reason}", count] for reason, count in result["dropped_by_reason"].items()),
+        *([f"could not be read: {reason}", count] for reason, count in result.get("failed_by_reason", {}).items()),
+        *([f"personal data masked: {kind}", count] for kind, count in sorted(report.get("personal_data_masked", {}).items())),
+        ["overlaps with a test set left", result["contamination_left"]],
+    ]
+    named = ", ".join(map(str, what.get("domains", what.get("files", ()))))
+    tests = (config.get("contamination") or {}).get("test_sets")
+    held = f"Held against the test sets {', '.join(tests)}." if tests else "**Not held against any test set.**"
+    return [
+        f"# Corpus of {named}", "", "Texts as packed tokens for training, by filter profiles in the domain's folder.", "",
+        *_table(["", "number"], [[name, f"{count:,}"] for name, count in rows]), held,
+        "Not for publication as texts: packed rows and `documents/` hold their sources' words.", "",
+    ]  # fmt: skip
+
+
+def _conversations(folder: Path, config: Mapping[str, Any], manifest: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    classes = [[name, f"{count:,}"] for name, count in result["accepted_by_class"].items()]
+    reasons = [[name.replace("_", " "), f"{count:,}"] for name, count in result["rejected_by_reason"].items()]
+    probed, kappa = result.get("probes", {}), result.get("kappa")
+
+    def figure(value: Any) -> str:
+        return "not measured" if value is None else f"{value:.3f}"
+
+    looked = [
+        ["overlap of accepted ones with a test set", result["contamination"]],
+        ["agreement of a blind second reader (Cohen's kappa)", figure(kappa)],
+        ["violating twin told by length alone", figure(probed.get("length"))],
+        ["violating twin told by n-grams beside the deciding turns (AUC)", figure(probed.get("ngram_auc"))],
+    ]
+    splits = ", ".join(f"{count:,} {split}" for split, count in result["samples"].items())
+    return [
+        f"# Synthetic conversations for {config['task']}", "",
+        f"{result['accepted']:,} of {result['planned']:,} planned ({splits}); {result.get('statement', '')}. Nobody said these "
+        "words: a teacher wrote them to a plan, so that the label is known by construction.", "",
+        *_table(["class", "accepted"], classes), *_table(["rejected because of", "number"], reasons or [["nothing", 0]]),
+        *_table(["looked at", "found"], looked), *(f"> **Warning:** {warning}.\n" for warning in probed.get("warnings", ())),
+        "Not for estimating how often violations occur: the shares of the classes were planned. Not for judging persons.", "",
+    ]  # fmt: skip
+
+
+def main(folder: str | None, out: str | None) -> dict[str, Any]:
+    """Write a data card; returns where it is."""
+    if not folder or not out:
+        raise ValueError("--data and --out are needed; --help shows an example")
+    run.write_text(out, data(folder))
+    return {"card": out, "of": folder}
+
+
 def _step(number: int, step: Mapping[str, Any]) -> str:
     facts = {k: v for k, v in step.items() if k not in ("kind", "data") and v is not None}
     said = ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in facts.items())
@@ -189,3 +286,13 @@ def _number(value: Any) -> str:
 
 def _interval(ci95: Any) -> str:
     return f"{ci95[0]:.3f} to {ci95[1]:.3f}" if ci95 else ""
+
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from experiments import door
+
+    source = flags.DEFINE_string("data", None, "finished folder of experiments.prepare or experiments.synthesize")
+    target = flags.DEFINE_string("out", None, "Markdown file to write")
+    door.tool(lambda: main(source.value, target.value), __doc__)

@@ -7,7 +7,8 @@ Against transformers where torch is installed; elsewhere against values recorded
 with --write_golden). A table, then one line of JSON: `max_rel_logit_diff` (largest difference of float32 logits over their
 standard deviation, on a short prompt and on one sequence of --long tokens), `bf16_kl` (mean divergence of bfloat16 from
 float32 in nats, beside transformers' own), `round_trip_bitwise`, `tokenizer`, `chat_template`, `generation_config`, `tied`,
-`perplexity` of --text. A check that fails is named and ends the program with an error.
+`perplexity` of --text, `perplexity_int8` with the sampler's int8 weights. A check that fails is named and ends the
+program with an error.
 """
 
 import json
@@ -23,6 +24,7 @@ from absl import flags
 
 from experiments import door
 from swallow_jax import hf, llama, text
+from swallow_jax.generate import steps
 from swallow_jax.llama import Compute, LlamaConfig, Params
 
 _HF = flags.DEFINE_string("hf", None, "HF folder or GGUF file to verify")
@@ -139,6 +141,9 @@ class Checks:
             theirs = float(reference["perplexity"]) if "perplexity" in reference else None
             holds = theirs is None or abs(ours / theirs - 1) <= TOLERANCE
             self.add("perplexity", ours, f"{theirs:.6g}" if theirs else "not compared", holds)
+            eighth = steps.decode_form(params, "float32", int8=True)
+            rough = perplexity(lambda ids: _logits_at(eighth, config, ids, np.arange(len(ids))), windows)
+            self.add("perplexity_int8", rough, f"{100 * (rough / ours - 1):+.2f} % by int8 weights", True)
 
     def words(self, tokenizer: text.Tokenizer | None, reference: dict[str, np.ndarray]) -> None:
         """Ids and texts of the tokenizer, ids of rendered chats, and what ends a generation."""
