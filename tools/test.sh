@@ -7,6 +7,6 @@ PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 EXTRAS=${EXTRAS:-test}
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-"$VENV/bin/python" -m pip install -q --disable-pip-version-check -e ".[$EXTRAS]"
+"$VENV/bin/python" -m pip install -q --disable-pip-version-check -c tests/requirements.lock -e ".[$EXTRAS]"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 exec "$VENV/bin/python" -m pytest -n 2 --dist worksteal "$@"
