@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 import types
 import typing
@@ -394,3 +395,48 @@ def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+class Trace:
+    """A profiler trace of the steps first ... last, for TensorBoard's profile plugin or Perfetto."""
+
+    def __init__(self, folder: Path, window: tuple[int, ...]):
+        self.folder, self.window, self.running = folder, window, False
+
+    def before(self, step: int) -> None:
+        if self.window and step == self.window[0]:
+            import jax
+
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after(self, step: int) -> None:
+        if self.window and step >= self.window[1]:
+            self.close()
+
+    def close(self) -> None:
+        if self.running:
+            import jax
+
+            jax.profiler.stop_trace()
+            self.running = False
+
+
+class Progress:
+    """A line with step, loss, speed and ETA: rewritten on a terminal, every `log_every` steps elsewhere."""
+
+    def __init__(self, first: int, total: int, every: int, *, speaks: bool):
+        self.first, self.total, self.every, self.speaks, self.began = first, total, every, speaks, time.perf_counter()
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        terminal = sys.stderr.isatty()
+        if not self.speaks or (not terminal and step % self.every and step != self.total):
+            return
+        left = (time.perf_counter() - self.began) / max(step - self.first, 1) * (self.total - step)
+        heldout = f"  held-out {values['heldout_loss']:.4f}" if "heldout_loss" in values else ""
+        line = (
+            f"step {step}/{self.total}  loss {values['loss']:.4f}{heldout}  grad {values['grad_norm']:.2f}"
+            f"  {values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.0%}  ETA {int(left // 60)}:{int(left % 60):02d}"
+        )
+        end = "\n" if not terminal or step == self.total or heldout else "\r"
+        print(f"\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)

@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from swallow_jax.checkpoint import Checkpoints
 from swallow_jax.llama import Compute, LlamaConfig, Params
 from swallow_jax.lora import LoraConfig
 from swallow_jax.loss import chunked_cross_entropy
-from swallow_jax.run import Metrics, Run
+from swallow_jax.run import Metrics, Progress, Run, Trace
 
 State = dict[str, Any]  # {"params", "opt_state", "step"}; params are those that are trained
 Batch = dict[str, Any]
@@ -283,9 +282,9 @@ def fit(
         metrics = Metrics(run.folder / "metrics.jsonl", from_step=first, writes=run.writes, tensorboard=train.tensorboard)
         stack.callback(metrics.close)
         recent = collections.deque((row["loss"] for row in metrics.tail), maxlen=64)
-        trace = _Trace(run.folder / "profile", train.profile)
+        trace = Trace(run.folder / "profile", train.profile)
         stack.callback(trace.close)
-        progress = _Progress(first, train.steps, train.log_every)
+        progress = Progress(first, train.steps, train.log_every, speaks=run.writes)
         peak = meshes.peak_flops(compute.dtype)
         place = meshes.sharding(mesh, ("batch", "seq"))
         batches = open_batches(first)
@@ -388,44 +387,3 @@ def heldout_loss(eval_fn: Callable, params: Params, batches: Iterable[Batch], pl
 
 def _abstract(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-class _Trace:
-    """A profiler trace of the steps first ... last, for TensorBoard's profile plugin or Perfetto."""
-
-    def __init__(self, folder: Path, window: tuple[int, ...]):
-        self.folder, self.window, self.running = folder, window, False
-
-    def before(self, step: int) -> None:
-        if self.window and step == self.window[0]:
-            jax.profiler.start_trace(self.folder)
-            self.running = True
-
-    def after(self, step: int) -> None:
-        if self.window and step >= self.window[1]:
-            self.close()
-
-    def close(self) -> None:
-        if self.running:
-            jax.profiler.stop_trace()
-            self.running = False
-
-
-class _Progress:
-    """A line with step, loss, speed and ETA: rewritten on a terminal, every `log_every` steps elsewhere."""
-
-    def __init__(self, first: int, total: int, every: int):
-        self.first, self.total, self.every, self.began = first, total, every, time.perf_counter()
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        terminal = sys.stderr.isatty()
-        if not hosts.first() or (not terminal and step % self.every and step != self.total):
-            return
-        left = (time.perf_counter() - self.began) / max(step - self.first, 1) * (self.total - step)
-        heldout = f"  held-out {values['heldout_loss']:.4f}" if "heldout_loss" in values else ""
-        line = (
-            f"step {step}/{self.total}  loss {values['loss']:.4f}{heldout}  grad {values['grad_norm']:.2f}"
-            f"  {values['tokens_per_s']:,.0f} tokens/s  MFU {values['mfu']:.0%}  ETA {int(left // 60)}:{int(left % 60):02d}"
-        )
-        end = "\n" if not terminal or step == self.total or heldout else "\r"
-        print(f"\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
